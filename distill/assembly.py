@@ -1,0 +1,128 @@
+"""Brings a run together: tokenizer, rows, teacher and students, checked against each other.
+
+    parts = assemble(config, run_folder)        # after ranks.initialise()
+    parts.herd, parts.tokenizer, parts.rows, parts.heldout
+"""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill import weighting
+from distill.engine import Member, build_member
+from distill.objectives.codistillation import Herd, Pupil
+from herd import data
+from herd.data import Batch, Corpus, RowSource
+from herd.llama4.experts import use_sparse_experts
+from herd.llama4.expert_parallel import check_divisible
+from herd.llama4.source import is_spec, open_model
+from herd.run import ranks
+from herd.run.config import split_batch
+from herd.run.errors import ConfigError, DataError
+from herd.run.schema import Config, Model, Teacher
+from teachers.frozen import FrozenTeacher
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Assembly:
+    """One run, ready to step."""
+
+    herd: Herd
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    rows: RowSource
+    heldout: list[Batch]
+    micro_rows: int
+
+
+def assemble(config: Config, run_folder: Path) -> Assembly:
+    """Open everything the configuration names. Raises ConfigError or DataError before any engine exists."""
+    micro_rows, accumulation = split_batch(config, ranks.world_size())
+    corpus = data.open_corpus(config.data)
+    tokenizer = open_run_tokenizer(config, corpus)
+    rows = data.open_rows(config, tokenizer, "train", corpus=corpus)
+    heldout = data.open_heldout(config, tokenizer, corpus=corpus)
+    teacher_model = None if config.teacher.mode == "none" else _open(config, "teacher", config.teacher, tokenizer)
+    student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
+
+    def member(name: str, model: PreTrainedModel, lr: float | None) -> Member:
+        return build_member(
+            name,
+            model,
+            config,
+            lr=lr or config.optim.lr,
+            micro_rows=micro_rows,
+            accumulation=accumulation,
+            run_folder=run_folder,
+        )
+
+    teacher: Member | FrozenTeacher | None = None
+    if config.teacher.mode == "codistill":
+        teacher = member("teacher", teacher_model, config.teacher.lr)
+    elif config.teacher.mode == "frozen":
+        teacher = FrozenTeacher(use_sparse_experts(teacher_model))
+    pupils = {
+        name: Pupil(
+            member(name, model, config.students[name].lr),
+            weighting.build(config.loss.weighting, steps=config.run.steps),
+        )
+        for name, model in student_models.items()
+    }
+    return Assembly(Herd(config, teacher, pupils), tokenizer, corpus, rows, heldout, micro_rows)
+
+
+def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The configured tokenizer, else that of the first model that exists already, else one trained on the corpus."""
+    if config.tokenizer.path is None:
+        existing = [] if config.teacher.mode == "none" else [config.teacher.source]
+        existing += [student.source for student in config.students.values()]
+        for source in existing:
+            if not is_spec(source):
+                return data.load_tokenizer(source)
+    return data.open_tokenizer(config.tokenizer, corpus)
+
+
+def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """One model, checked against the run's tokenizer, sequence length and expert parallelism."""
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    opened = open_model(
+        model.source,
+        overrides=model.overrides,
+        vocabulary=vocabulary,
+        dtype=DTYPES[config.run.precision],
+        # A student's weights depend on its own name and the seed, so its control run starts from the same ones.
+        seed=config.run.seed * 1_000_003 + zlib.crc32(name.encode()),
+    )
+    text = opened.config.get_text_config()
+    if not is_spec(model.source):
+        _check_tokenizer(name, model.source, tokenizer, rows=opened.get_input_embeddings().weight.shape[0])
+    if config.data.sequence_length > text.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length = {config.data.sequence_length}: {name} ({model.source}) takes at most "
+            f"{text.max_position_embeddings} positions; lower it or choose another model"
+        )
+    if config.parallel.expert_parallel == 1:
+        return use_sparse_experts(opened)
+    check_divisible(opened.config, config.parallel.expert_parallel)
+    return opened
+
+
+def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
+    difference = data.describe_difference(tokenizer, data.load_tokenizer(source))
+    if difference is not None:
+        raise DataError(
+            f"{name}: the tokenizer of {source} differs from the run's: {difference}; soft targets need one vocabulary: "
+            "set tokenizer.path to the teacher's folder, or choose a teacher and students that share one"
+        )
+    if rows < len(tokenizer):
+        raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(tokenizer)}")

@@ -1,0 +1,115 @@
+"""One model under one DeepSpeed engine: build it, step it, save and load its state, write it as an HF folder.
+
+    member = build_member("scout", model, config, lr=2e-3, ...)
+    member.save(folder); member.load(folder); member.export(folder, tokenizer=tokenizer)
+
+Several members live in one process and share its ranks.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.learner import Learner, parameter_groups
+from herd.llama4 import expert_parallel
+from herd.llama4.balance import RouterTap
+from herd.run import deepspeed_config, files, ranks
+from herd.run.schema import Config
+
+MAX_SHARD_SIZE = "5GB"
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's checkpoint files, read without running any code they might carry."""
+
+    def load(self, path: str, map_location: str | None = None) -> dict:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@dataclass
+class Member:
+    """A model that trains: teacher or student."""
+
+    name: str
+    learner: Learner
+    engine: deepspeed.DeepSpeedEngine
+    tap: RouterTap
+    peak_lr: float
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def gathered_head(self) -> deepspeed.zero.GatheredParameters:
+        """Context in which the head's matrix is whole on every rank (ZeRO-3 keeps it in parts)."""
+        stage = self.engine.zero_optimization_stage()
+        return deepspeed.zero.GatheredParameters([self.learner.head.weight], enabled=stage == 3)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser state of every rank under folder/<name>."""
+        self.engine.save_checkpoint(str(folder / self.name), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore exactly what `save` wrote."""
+        self.engine.load_checkpoint(str(folder / self.name), tag="state")
+
+    def export(self, folder: Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a plain HF folder, atomically; a collective call, rank 0 writes."""
+        state = expert_parallel.full_state_dict(self.engine)
+        if ranks.is_main():
+            state = {name.removeprefix("model.", ): tensor for name, tensor in state.items()}
+            write_model_folder(folder, self.learner.config, state, tokenizer)
+        ranks.barrier()
+
+
+def build_member(
+    name: str,
+    model: PreTrainedModel,
+    config: Config,
+    *,
+    lr: float,
+    micro_rows: int,
+    accumulation: int,
+    run_folder: Path,
+) -> Member:
+    """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run."""
+    settings = deepspeed_config.build(
+        config,
+        model_name=name,
+        lr=lr,
+        micro_rows=micro_rows,
+        accumulation=accumulation,
+        world_size=ranks.world_size(),
+        expert_parallel=config.parallel.expert_parallel,
+    )
+    if ranks.is_main():
+        files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
+    learner = Learner(model)
+    engine, *_ = deepspeed.initialize(
+        model=learner,
+        model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),
+        config=settings,
+    )
+    engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
+    return Member(name, learner, engine, RouterTap(learner), lr)
+
+
+def write_model_folder(
+    folder: Path, config: object, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    skeleton.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    tokenizer.save_pretrained(temporary)
+    files.replace_folder(temporary, folder)

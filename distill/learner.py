@@ -1,0 +1,86 @@
+"""A causal language model as the engine runs it: tokens in; loss, statistics and detached outputs out.
+
+    learner = Learner(model)                  # any transformers causal LM
+    loss, stats_ST, count, outputs = learner(input_ids_BT, loss_of=fused)
+
+The loss is computed inside the head's forward, so ZeRO-3 gathers the head exactly as it gathers any layer.
+Shapes: B rows, T tokens, H width, V vocabulary; flattened tokens are B*T.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from distill.losses import Distillation
+from teachers.targets import SoftTargets, decoder_of, has_plain_head, make_targets
+
+FusedLoss = Callable[[torch.Tensor, torch.Tensor], Distillation]
+
+
+class LossHead(nn.Linear):
+    """A language-model head that can end in a loss instead of logits."""
+
+    def forward(
+        self, hidden: torch.Tensor, loss_of: FusedLoss | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if loss_of is None:
+            return super().forward(hidden)
+        out = loss_of(hidden, self.weight)
+        return out.loss, out.stats_ST, out.num_tokens
+
+
+class Learner(nn.Module):
+    """Wraps a causal LM; `plain_head` says whether its logits are just hidden states times the head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config  # DeepSpeed's AutoEP reads the expert counts here
+        self.plain_head = has_plain_head(model)
+        if self.plain_head:
+            model.get_output_embeddings().__class__ = LossHead
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, loss_of: FusedLoss | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """(loss, stats_ST, num_tokens, outputs): outputs are hidden_TH, or logits_TV when the head is not plain.
+
+        `loss_of(hidden_TH, head_VH)`, or `loss_of(logits_TV, None)` when the head is not plain; without it only
+        outputs are returned.
+        """
+        if self.plain_head:
+            hidden = decoder_of(self.model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+            outputs = hidden.flatten(0, 1)
+            if loss_of is None:
+                return (outputs,)
+            return *self.head(outputs, loss_of), outputs.detach()
+        outputs = self.model(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1)
+        if loss_of is None:
+            return (outputs,)
+        out = loss_of(outputs, None)
+        return out.loss, out.stats_ST, out.num_tokens, outputs.detach()
+
+    def targets(self, outputs: torch.Tensor) -> SoftTargets:
+        """What these outputs are to a student. The head must be whole (gathered) while the targets are read."""
+        return make_targets(outputs, self.head.weight if self.plain_head else None)
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
+    """Two AdamW groups: matrices decay; embeddings, norms and biases do not."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, free = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+        (decayed if is_matrix else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": free, "weight_decay": 0.0, "name": "free"},
+    ]
+    return [group for group in groups if group["params"]]

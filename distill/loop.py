@@ -1,0 +1,191 @@
+"""The training loop: steps, held-out losses, checkpoints, metrics, and a clean stop at any step.
+
+    outcome = train(assembly, config, run_folder, tracker=tracker, resume_from=None)
+
+Every decision that ends or saves is taken at a step boundary by all ranks together, so they never part ways.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distill.assembly import Assembly
+from distill.engine import Member
+from herd.run import checkpoints, files, randomness, ranks
+from herd.run.errors import Interrupted
+from herd.run.progress import Progress
+from herd.run.schema import Config
+from herd.run.tracking import Tracker
+from teachers.frozen import FrozenTeacher
+
+STATE_FILE = "loop.json"
+
+
+@dataclass
+class Position:
+    """Where a run stands: everything the loop needs besides engines and weightings."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+class Loop:
+    """One run from its position to its last step."""
+
+    def __init__(self, parts: Assembly, config: Config, run_folder: Path, tracker: Tracker) -> None:
+        self.parts, self.config, self.run_folder, self.tracker = parts, config, run_folder, tracker
+        self.herd, self.position = parts.herd, Position()
+        self._trackers = {"teacher": tracker}
+        self._metrics_file = run_folder / "metrics.jsonl"
+
+    def run(self, *, resume_from: Path | None, resume_command: str) -> None:
+        """Train to the end. Raises Interrupted after saving when asked to stop, NumericalError on a loss not finite."""
+        if resume_from is not None:
+            self.load(resume_from)
+        if ranks.is_main():
+            keep_steps(self._metrics_file, up_to=self.position.step)
+        ranks.barrier()
+        total = self.herd.total_steps
+        with ranks.StopFlag() as stop, Progress(total=total, start=self.position.step) as progress:
+            while self.position.step < total:
+                started = time.perf_counter()
+                metrics = self._take_step()
+                self.position.elapsed_s += time.perf_counter() - started
+                self._report(metrics, progress)
+                if self.position.step == total or self.position.step % self.config.run.checkpoint_every == 0:
+                    self.save()
+                if stop.requested_anywhere() and self.position.step < total:
+                    self._stop(resume_command)
+
+    def _take_step(self) -> dict[str, float | list]:
+        position, batch = self.position, self.config.batch
+        started = time.perf_counter()
+        batches = self.parts.rows.take(
+            position.step,
+            rows=batch.rows,
+            micro_rows=self.parts.micro_rows,
+            rank=ranks.rank(),
+            world=ranks.world_size(),
+        )
+        fetched = time.perf_counter() - started
+        metrics = self.herd.take_step(batches, position.step) | {"time/data_s": fetched}
+        position.step += 1
+        position.tokens += batch.rows * self.config.data.sequence_length
+        metrics["tokens_per_s"] = batch.rows * self.config.data.sequence_length / (time.perf_counter() - started)
+        every = self.config.run.evaluate_every
+        if every and (position.step % every == 0 or position.step == self.herd.total_steps):
+            metrics |= self.evaluate()
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss in nats per token of every model, each rank scoring its share of the rows."""
+        models = dict(self.herd.members)
+        if isinstance(self.herd.teacher, FrozenTeacher) and self.position.step <= self.config.run.evaluate_every:
+            models = {"teacher": self.herd.teacher, **models}
+        return {f"heldout/{name}": self._heldout_loss(model) for name, model in models.items()}
+
+    def _heldout_loss(self, model: Member | FrozenTeacher) -> float:
+        sums = torch.zeros(2, dtype=torch.float64)
+        # All ranks make the same number of forwards: under ZeRO-3 and expert parallelism each one is a collective.
+        batches = self.parts.heldout
+        rounds = -(-len(batches) // ranks.world_size())
+        with torch.no_grad():
+            for index in range(rounds):
+                place = index * ranks.world_size() + ranks.rank()
+                batch = batches[min(place, len(batches) - 1)]
+                ce_sum, count = self._score(model, batch)
+                if place < len(batches):
+                    sums += torch.tensor([ce_sum, count], dtype=torch.float64)
+        ce_sum, count = ranks.all_reduce_sum(sums).tolist()
+        return ce_sum / count
+
+    def _score(self, model: Member | FrozenTeacher, batch) -> tuple[float, int]:
+        labels_T = batch.labels_BT.flatten()
+        if isinstance(model, FrozenTeacher):
+            logits_TV = model.targets(batch.input_ids_BT).logits(slice(0, len(labels_T))).float()
+            loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
+            return loss.item(), int((labels_T != -100).sum())
+        _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=self.herd.loss_of(model, labels_T, targets=None))
+        model.tap.take()
+        return stats_ST[0].double().sum().item(), int(count)
+
+    def _report(self, metrics: dict[str, float | list], progress: Progress) -> None:
+        position = self.position
+        record = {"step": position.step, "tokens": position.tokens, "elapsed_s": round(position.elapsed_s, 3)} | metrics
+        progress.update(position.step, position.tokens, headline(metrics, self.config.students))
+        if ranks.is_main():
+            with self._metrics_file.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+        for name, tracker in self._children().items():
+            tracker.metrics(of_model(metrics, name), step=position.step)
+        common = {key: metrics[key] for key in metrics if key.startswith(("time/", "tokens_per_s"))}
+        self.tracker.metrics(common | {"tokens": position.tokens}, step=position.step)
+
+    def _children(self) -> dict[str, Tracker]:
+        names = (["teacher"] if self.herd.teacher is not None else []) + list(self.config.students)
+        return {n: self.tracker.nested(n, role="teacher" if n == "teacher" else "student") for n in names}
+
+    def _stop(self, resume_command: str) -> None:
+        if checkpoints.latest_step(self.run_folder) != self.position.step:
+            self.save()
+        raise Interrupted(f"stopped at step {self.position.step}, saved; go on with: {resume_command}")
+
+    def save(self) -> None:
+        """Write a complete checkpoint; whatever happens, the previous one stays whole until this one is."""
+        folder = checkpoints.begin(self.run_folder, self.position.step)
+        for member in self.herd.members.values():
+            member.save(folder)
+        torch.save(randomness.rng_state(), folder / f"rng.{ranks.rank()}.pt")
+        if ranks.is_main():
+            state = {
+                "position": vars(self.position),
+                "weightings": {name: pupil.weighting.state_dict() for name, pupil in self.herd.pupils.items()},
+                "rows": self.parts.rows.state_dict(),
+            }
+            files.write_atomic(folder / STATE_FILE, json.dumps(state))
+        facts = {"expert_parallel": self.config.parallel.expert_parallel, "zero": self.config.parallel.zero}
+        checkpoints.complete(folder, facts=facts)
+        checkpoints.prune(self.run_folder, keep=self.config.run.keep_checkpoints)
+
+    def load(self, folder: Path) -> None:
+        """Restore engines, weightings, random states and the position from a complete checkpoint."""
+        for member in self.herd.members.values():
+            member.load(folder)
+        randomness.restore_rng(torch.load(folder / f"rng.{ranks.rank()}.pt", weights_only=True))
+        state = json.loads((folder / STATE_FILE).read_text())
+        self.position = Position(**state["position"])
+        self.parts.rows.load_state_dict(state["rows"])
+        for name, pupil in self.herd.pupils.items():
+            pupil.weighting.load_state_dict(state["weightings"][name])
+
+
+def keep_steps(path: Path, *, up_to: int) -> None:
+    """Drop the lines of steps beyond `up_to`: they were taken after the checkpoint and will be taken again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= up_to]
+        files.write_atomic(path, "".join(kept))
+
+
+def headline(metrics: dict[str, float | list], students: dict) -> dict[str, float]:
+    """The few numbers the progress line shows."""
+    shown = {"teacher": metrics.get("teacher/ce")}
+    for name in students:
+        shown[name] = metrics.get(f"student/{name}/ce")
+        shown[f"{name} alpha"] = metrics.get(f"student/{name}/alpha")
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+def of_model(metrics: dict[str, float | list], name: str) -> dict[str, float]:
+    """One model's scalar metrics under the names its MLflow run shows: train/..., experts/..., heldout/loss."""
+    prefix = "teacher/" if name == "teacher" else f"student/{name}/"
+    renamed = {f"train/{key.removeprefix(prefix)}": v for key, v in metrics.items() if key.startswith(prefix)}
+    experts = f"experts/{name}/"
+    renamed |= {f"experts/{key.removeprefix(experts)}": v for key, v in metrics.items() if key.startswith(experts)}
+    if f"heldout/{name}" in metrics:
+        renamed["heldout/nats"] = metrics[f"heldout/{name}"]
+    return {key: value for key, value in renamed.items() if isinstance(value, float)}

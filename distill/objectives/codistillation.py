@@ -1,0 +1,186 @@
+"""One step of the herd: the teacher's training forward is every student's target.
+
+    herd = Herd(config, teacher=..., students=..., total_steps=...)
+    metrics = herd.take_step(batches, step)
+
+Per micro-batch there is one teacher forward for any number of students. Weights move only after all of them read it.
+Shapes: B rows, T tokens a row (flattened to B*T), S statistics of distill.losses.kernel.STATS.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from distill import weighting
+from distill.engine import Member
+from distill.learner import FusedLoss
+from distill.losses import Distillation, distillation_from_logits, fused_linear_distillation
+from distill.losses.kernel import Alpha
+from distill.schedule import learning_rate
+from distill.tally import Tally
+from herd.data import Batch
+from herd.llama4.balance import balance_loss
+from herd.run import ranks
+from herd.run.errors import NumericalError
+from herd.run.schema import Config
+from teachers.frozen import FrozenTeacher
+from teachers.targets import SoftTargets
+
+
+@dataclass
+class Pupil:
+    """A student and the weight it mixes its targets with."""
+
+    member: Member
+    weighting: weighting.Weighting
+
+
+@dataclass
+class Herd:
+    """Everything that learns or teaches in one run."""
+
+    config: Config
+    teacher: Member | FrozenTeacher | None
+    pupils: dict[str, Pupil]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds each part of the last step took."""
+
+    @property
+    def head_start(self) -> int:
+        return self.config.teacher.head_start if isinstance(self.teacher, Member) else 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.head_start + self.config.run.steps
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """All models that train, the teacher first."""
+        students = {name: pupil.member for name, pupil in self.pupils.items()}
+        return {"teacher": self.teacher, **students} if isinstance(self.teacher, Member) else students
+
+    def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
+        """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
+        active = self._active(step)
+        tallies = {name: Tally() for name in active}
+        scale = self._normalizer(batches)
+        self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
+        for batch in batches:
+            self._run_micro_batch(batch, active, tallies, scale)
+        Tally.reduce(tallies.values())
+        for name, tally in tallies.items():
+            if not tally.is_finite():
+                raise NumericalError(self._diagnose(name, active[name], batches, step))
+        metrics = self._update(active, tallies, step)
+        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
+    def _active(self, step: int) -> dict[str, Member]:
+        members = self.members
+        return members if step >= self.head_start else {"teacher": members["teacher"]}
+
+    def _normalizer(self, batches: list[Batch]) -> torch.Tensor:
+        """Valid tokens of the whole step on all ranks, divided by what DeepSpeed's averaging will multiply back."""
+        valid = torch.stack([(batch.labels_BT != -100).sum() for batch in batches]).sum().double()
+        return ranks.all_reduce_sum(valid) / (ranks.world_size() * len(batches))
+
+    def _run_micro_batch(
+        self, batch: Batch, active: dict[str, Member], tallies: dict[str, Tally], scale: torch.Tensor
+    ) -> None:
+        started = time.perf_counter()
+        targets, whole_head = None, nullcontext()
+        if isinstance(self.teacher, Member):
+            outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
+            targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
+        elif self.teacher is not None:
+            frozen = self.teacher.targets(batch.input_ids_BT)
+            targets = lambda: frozen  # noqa: E731
+        self.seconds["teacher"] += time.perf_counter() - started
+        with whole_head:
+            soft = None if targets is None else targets()
+            for name, pupil in self.pupils.items():
+                if name in active:
+                    started = time.perf_counter()
+                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=pupil.weighting.alpha)
+                    self.seconds[name] += time.perf_counter() - started
+
+    def _learn(
+        self,
+        name: str,
+        active: dict[str, Member],
+        batch: Batch,
+        tallies: dict[str, Tally],
+        scale: torch.Tensor,
+        *,
+        targets: SoftTargets | None,
+        alpha: Alpha,
+    ) -> torch.Tensor:
+        """Forward and backward of one model on one micro-batch; returns its detached outputs."""
+        member, labels_T = active[name], batch.labels_BT.flatten()
+        loss_of = self.loss_of(member, labels_T, targets=targets, alpha=alpha, normalizer=scale)
+        loss, stats_ST, num_tokens, outputs = member.engine(batch.input_ids_BT, loss_of=loss_of)
+        routing = member.tap.take()
+        total = loss
+        if routing and self.config.loss.balance > 0:
+            balance = balance_loss(routing)
+            tallies[name].add_balance(balance)
+            total = loss + self.config.loss.balance * balance
+        member.engine.backward(total)
+        tallies[name].add(stats_ST, labels_T != -100, routing)
+        return outputs
+
+    def loss_of(
+        self,
+        member: Member,
+        labels_T: torch.Tensor,
+        *,
+        targets: SoftTargets | None,
+        alpha: Alpha = 0.0,
+        normalizer: torch.Tensor | None = None,
+    ) -> FusedLoss:
+        """The loss this model's head computes, as a function of its input."""
+        settings = dict(
+            alpha=alpha,
+            temperature=self.config.loss.temperature,
+            normalizer=normalizer,
+            chunk_tokens=self.config.loss.chunk_tokens,
+        )
+
+        def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
+            if head_VH is None:
+                return distillation_from_logits(outputs, labels_T, targets, **settings)
+            return fused_linear_distillation(outputs, head_VH, labels_T, targets, **settings)
+
+        return compute
+
+    def _update(self, active: dict[str, Member], tallies: dict[str, Tally], step: int) -> dict[str, float | list]:
+        started = time.perf_counter()
+        metrics: dict[str, float | list] = {}
+        for name, member in active.items():
+            begin = 0 if name == "teacher" else self.head_start
+            rate = learning_rate(self.config.optim, step - begin, steps=self.total_steps - begin, peak=member.peak_lr)
+            member.set_lr(rate)
+            member.engine.step()
+            label = name if name == "teacher" else f"student/{name}"
+            norm = float(member.engine.get_global_grad_norm() or 0.0)
+            metrics |= {f"{label}/lr": rate, f"{label}/grad_norm": norm}
+            metrics |= tallies[name].metrics(label, with_targets=self.teacher is not None and name != "teacher")
+            metrics |= tallies[name].expert_metrics(name)
+        for name in active.keys() & self.pupils.keys():
+            pupil = self.pupils[name]
+            if self.teacher is not None:
+                pupil.weighting.update(tallies[name].step_stats(step - self.head_start))
+            metrics |= {f"student/{name}/{key}": value for key, value in pupil.weighting.metrics().items()}
+        self.seconds["update"] += time.perf_counter() - started
+        return metrics
+
+    def _diagnose(self, name: str, member: Member, batches: list[Batch], step: int) -> str:
+        from distill.diagnosis import first_fault
+
+        cause = first_fault(member, batches)
+        return (
+            f"{name}: the loss of step {step + 1} is not finite; {cause}. Nothing of this step was kept, the last "
+            "complete checkpoint is good: lower optim.lr, or raise optim.warmup, and resume under a new run.name"
+        )

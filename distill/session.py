@@ -1,0 +1,133 @@
+"""One run from its folder to its report: prepare, train, write models; then compress, evaluate and report on rank 0.
+
+    run(config, resume="auto", command="deepspeed --module distill --config configs/nano.yaml")
+"""
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from distill import aftermath
+from distill.assembly import Assembly, assemble
+from distill.loop import Loop
+from herd.run import checkpoints, config as configuration, files, ranks
+from herd.run.errors import ConfigError, DataError, Interrupted
+from herd.run.lineage import git_commit
+from herd.run.schema import Config
+from herd.run.tracking import Tracker, open_tracker
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "mlflow", "compressed-tensors")
+
+
+def run(config: Config, *, resume: str, command: str) -> None:
+    """Train the herd this configuration describes, and everything after it; every rank calls this.
+
+    Raises ConfigError, DataError, NumericalError or Interrupted, with MLflow told how it ended.
+    """
+    ranks.initialise()
+    folder = config.run.folder / config.run.name
+    resume_from = prepare_folder(config, folder, resume=resume, command=command)
+    tracker = open_tracker(
+        folder,
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        uri=config.tracking.uri,
+        config=config.model_dump(mode="json"),
+        tags={"world_size": str(ranks.world_size()), "command": command},
+        enabled=config.tracking.enabled and ranks.is_main(),
+    )
+    try:
+        _train(config, folder, tracker, resume_from=resume_from, command=command)
+        ranks.shut_down()
+        if ranks.is_main():
+            aftermath.compress_and_report(config, folder, tracker)
+    except Interrupted:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
+    torch.manual_seed(config.run.seed)
+    parts = assemble(config, folder)
+    tracker.dataset("train", source=config.data.source, digest=parts.corpus.fingerprint, context="training")
+    Loop(parts, config, folder, tracker).run(
+        resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto"
+    )
+    _write_models(parts, config, folder)
+
+
+def _write_models(parts: Assembly, config: Config, folder: Path) -> None:
+    for name, member in parts.herd.members.items():
+        target = folder / "teacher" if name == "teacher" else folder / "students" / name
+        member.export(target, tokenizer=parts.tokenizer)
+        if ranks.is_main():
+            aftermath.describe_model(target, name, config, parts)
+    ranks.barrier()
+
+
+def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -> Path | None:
+    """Create or reopen the run folder; returns the checkpoint to start from, on every rank the same."""
+    checkpoint = checkpoints.resolve(folder, resume)
+    if checkpoint is not None:
+        _check_same_world(checkpoint, config)
+    if resume != "never" and (folder / "config.yaml").exists():
+        _check_same_config(folder / "config.yaml", config)
+    ranks.barrier()
+    if ranks.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(folder)
+        files.write_atomic(folder / "config.yaml", configuration.dump(config))
+        _record_command(folder / "run.json", command)
+    ranks.barrier()
+    return checkpoint
+
+
+def _check_same_config(path: Path, config: Config) -> None:
+    changes = configuration.blocking_changes(configuration.load(path, []), config)
+    if changes:
+        listed = "\n".join(f"  {line}" for line in changes)
+        raise ConfigError(
+            f"run.name = {config.run.name}: its configuration changed since it started:\n{listed}\n"
+            "  undo the change, or start another run with --set run.name=NEW"
+        )
+
+
+def _check_same_world(checkpoint: Path, config: Config) -> None:
+    facts = checkpoints.facts(checkpoint)
+    if facts["world_size"] != ranks.world_size():
+        raise DataError(
+            f"{checkpoint} was written by {facts['world_size']} ranks, this run has {ranks.world_size()}: "
+            f"start it with --num_accelerators {facts['world_size']}, or start a new run from its exported models"
+        )
+
+
+def _record_command(path: Path, command: str) -> None:
+    """run.json: what was run with what; a resumed run adds its command."""
+    record = json.loads(path.read_text()) if path.exists() else {"commands": []}
+    record["commands"].append(command)
+    record.setdefault("started", _now())
+    record["git_commit"] = git_commit()
+    record["world_size"] = ranks.world_size()
+    record["versions"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def without_resume(command: str) -> str:
+    """The command with any --resume and its value taken out."""
+    words = command.split()
+    kept = [w for i, w in enumerate(words) if w != "--resume" and (i == 0 or words[i - 1] != "--resume")]
+    return " ".join(w for w in kept if not w.startswith("--resume="))
+
+

@@ -1,0 +1,79 @@
+"""Sums of one optimiser step: losses, alphas and expert loads, added per micro-batch, reduced over ranks once.
+
+    tally.add(stats_ST, valid_T, routing); Tally.reduce(tallies); tally.metrics("student/scout", with_targets=True)
+
+Shapes: S statistics of distill.losses.kernel.STATS, T tokens, L MoE layers, E experts.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from distill.losses.kernel import STATS
+from distill.weighting.interface import StepStats
+from herd.llama4.balance import ExpertLoad
+from herd.run import ranks
+
+HISTOGRAM_BINS = 10
+
+
+class Tally:
+    """Nothing is read back to Python until the step is over, so no micro-batch waits for a number."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(len(STATS) + 1, dtype=torch.float64)
+        self._alphas = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+        self._balance = torch.zeros(2, dtype=torch.float64)
+        self._load: ExpertLoad | None = None
+
+    def add(self, stats_ST: torch.Tensor, valid_T: torch.Tensor, routing: list[torch.Tensor]) -> None:
+        """Add one micro-batch of one model."""
+        with torch.no_grad():
+            self._sums[:-1] += stats_ST.sum(1).double().cpu()
+            self._sums[-1] += valid_T.sum().cpu()
+            alpha_T = stats_ST[STATS.index("alpha")][valid_T]
+            self._alphas += torch.histc(alpha_T.float().cpu(), HISTOGRAM_BINS, 0.0, 1.0).double()
+            if routing:
+                self._load = self._load or ExpertLoad()
+                self._load.add(routing)
+
+    def add_balance(self, loss: torch.Tensor) -> None:
+        """Add one micro-batch's load-balancing loss."""
+        self._balance += torch.stack((loss.detach().double().cpu(), torch.ones((), dtype=torch.float64)))
+
+    @staticmethod
+    def reduce(tallies: Iterable["Tally"]) -> None:
+        """Sum all of them over ranks, in one collective."""
+        parts = [part for tally in tallies for part in tally._parts()]
+        flat = ranks.all_reduce_sum(torch.cat([part.flatten() for part in parts]))
+        for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(values.view_as(part))
+
+    def _parts(self) -> list[torch.Tensor]:
+        return [self._sums, self._alphas, self._balance, *([self._load.counts] if self._load else [])]
+
+    def is_finite(self) -> bool:
+        return bool(self._sums.isfinite().all() and self._balance.isfinite().all())
+
+    def mean(self, stat: str) -> float:
+        """Mean of one statistic over valid tokens."""
+        return (self._sums[STATS.index(stat)] / self._sums[-1].clamp_min(1)).item()
+
+    def step_stats(self, step: int) -> StepStats:
+        return StepStats(step=step, student_ce=self.mean("ce"), teacher_ce=self.mean("teacher_ce"))
+
+    def metrics(self, label: str, *, with_targets: bool) -> dict[str, float | list]:
+        """Global means under `label/`, in nats."""
+        out: dict[str, float | list] = {f"{label}/ce": self.mean("ce")}
+        if self._balance[1] > 0:
+            out[f"{label}/balance"] = (self._balance[0] / self._balance[1]).item()
+        if with_targets:
+            out |= {f"{label}/{stat}": self.mean(stat) for stat in ("kd", "alpha", "teacher_entropy")}
+            out[f"{label}/alpha_histogram"] = (self._alphas / self._alphas.sum().clamp_min(1)).tolist()
+        return out
+
+    def expert_metrics(self, name: str) -> dict[str, float | list]:
+        """Load entropy, largest share, dead experts and the shares themselves, under `experts/<name>/`."""
+        if self._load is None:
+            return {}
+        return {f"experts/{name}/{key}": value for key, value in self._load.metrics().items()}

@@ -1,0 +1,31 @@
+"""A weight that never changes: the strong baseline every other design has to beat.
+
+weighting = Constant(0.5)
+"""
+
+import torch
+
+from distill.losses.kernel import TokenStats
+from distill.weighting.interface import StepStats
+
+
+class Constant:
+    """alpha everywhere, always."""
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def alpha(self, tokens: TokenStats) -> torch.Tensor:
+        return torch.full_like(tokens.student_ce, self._alpha)
+
+    def update(self, stats: StepStats) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass

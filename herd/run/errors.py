@@ -1,0 +1,48 @@
+"""The error tree: every failure a user can cause is one line and one exit code.
+
+Raise the class that fits; `herd.run.cli.main` prints the line on stderr and exits with its code.
+A message names the field, the value, what is allowed and the mend.
+"""
+
+DONE = 0
+USAGE = 2
+ENVIRONMENT = 3
+DATA = 4
+NUMERICAL = 5
+INTERRUPTED = 75  # EX_TEMPFAIL: schedulers may requeue
+
+
+class HerdError(Exception):
+    """Base of every error that is the user's to mend."""
+
+    exit_code = 1
+
+
+class ConfigError(HerdError):
+    """A field, flag or combination of them that cannot be run."""
+
+    exit_code = USAGE
+
+
+class EnvironmentFault(HerdError):
+    """The machine lacks something: a compiler, a port, disk, a reachable server."""
+
+    exit_code = ENVIRONMENT
+
+
+class DataError(HerdError):
+    """Data, a model folder or a checkpoint that cannot be read or does not fit."""
+
+    exit_code = DATA
+
+
+class NumericalError(HerdError):
+    """NaN, Inf or divergence."""
+
+    exit_code = NUMERICAL
+
+
+class Interrupted(HerdError):
+    """Stopped on request after saving; the message is the command that resumes."""
+
+    exit_code = INTERRUPTED

@@ -1,0 +1,223 @@
+"""The one typed configuration tree. Fields are the documentation; `herd.run.config` loads it.
+
+    config = herd.run.config.load("configs/nano.yaml", ["optim.lr=2e-3"])
+
+Unknown keys are refused, nothing is changed after validation, no torch is imported here.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys fail, values are frozen, docs come from the strings below fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: Name
+    """Folder under `folder`, and the MLflow run name."""
+    folder: Path = Path("runs")
+    """Where run folders live."""
+    seed: int = Field(0, ge=0)
+    """Seeds the weights, the row order and every random choice."""
+    steps: int = Field(gt=0)
+    """Optimiser steps of the students (a teacher's head start comes before)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; optimiser state is fp32 either way."""
+    checkpoint_every: int = Field(100, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """Complete checkpoints kept; older ones are deleted."""
+    evaluate_every: int = Field(100, ge=0)
+    """Steps between held-out losses during training; 0 for none."""
+
+
+class Data(Section):
+    source: str = "stdlib"
+    """`stdlib` (text of the running Python's library), a local file or folder, or a hub dataset id."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_field: str = "text"
+    """Field that holds the text in jsonl, parquet and hub rows."""
+    streaming: bool = False
+    """Read a dataset as it comes, without storing it."""
+    sequence_length: int = Field(256, ge=8)
+    """Tokens a packed row feeds the model."""
+    heldout_fraction: float = Field(0.05, gt=0.0, lt=0.5)
+    """Share of documents kept for evaluation."""
+    calibration_fraction: float = Field(0.02, gt=0.0, lt=0.5)
+    """Share of documents kept for calibration."""
+    heldout_rows: int = Field(64, gt=0)
+    """Held-out rows evaluated, at most."""
+
+
+class Tokenizer(Section):
+    path: str | None = None
+    """Folder or hub id; without one a byte-level BPE is trained on the training split and cached."""
+    vocab_size: int = Field(4096, ge=512)
+    """Size of the tokenizer trained when `path` is not given, special tokens included."""
+
+
+class Batch(Section):
+    rows: int = Field(8, gt=0)
+    """Rows per optimiser step, over all ranks."""
+    micro_rows: int | None = Field(None, gt=0)
+    """Rows per forward and rank; by default rows / ranks. rows = micro_rows x accumulation x ranks."""
+
+
+class Optim(Section):
+    lr: float = Field(2e-3, gt=0.0)
+    """Peak learning rate of AdamW; a model's own `lr` wins."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled; matrices only (no norms, no embeddings)."""
+    clip: float = Field(1.0, ge=0.0)
+    """Global gradient norm is clipped to this; 0 for never."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Warmup-stable-decay, cosine after warmup, or constant after warmup."""
+    warmup: Fraction = 0.05
+    """Share of the steps spent warming up."""
+    decay: Fraction = 0.3
+    """Share of the steps the last phase of `wsd` takes."""
+    final_lr: Fraction = 0.1
+    """Share of the peak that is left at the end."""
+
+
+class Model(Section):
+    source: str
+    """A spec (`scout-nano`), a model folder, or a hub id."""
+    overrides: dict[str, Any] = {}
+    """Fields of the model's configuration to change, for a model built from a spec."""
+    lr: float | None = Field(None, gt=0.0)
+    """Peak learning rate of this model, in place of `optim.lr`."""
+
+
+class Teacher(Section):
+    mode: Literal["codistill", "frozen", "none"] = "codistill"
+    """`codistill`: trains beside the students, its training forward is their target. `frozen`: only read.
+    `none`: the control, students learn from hard targets alone."""
+    source: str = "behemoth-nano"
+    """A spec, a model folder, or a hub id; a folder starts co-distillation from that checkpoint."""
+    overrides: dict[str, Any] = {}
+    """As a student's."""
+    lr: float | None = Field(None, gt=0.0)
+    """As a student's."""
+    head_start: int = Field(0, ge=0)
+    """Steps the teacher trains alone before the students start (`codistill` only)."""
+
+
+class Quantize(Section):
+    scheme: Literal["int4", "fp8"]
+    """int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic per-token activations."""
+    group_size: Literal[32, 64, 128] = 64
+    """Weights that share a scale (int4)."""
+
+
+def _scheme_alone(value: Any) -> Any:
+    return {"scheme": value} if isinstance(value, str) else value
+
+
+class Student(Model):
+    quantize: list[Annotated[Quantize, BeforeValidator(_scheme_alone)]] = []
+    """Compressed exports made of this student after training: `int4`, `fp8`, or a mapping."""
+
+
+class ConstantAlpha(Section):
+    kind: Literal["constant"]
+    alpha: Fraction = 0.5
+    """Weight of the soft target; the hard one has 1 - alpha."""
+
+
+class ScheduledAlpha(Section):
+    kind: Literal["schedule"]
+    shape: Literal["linear", "cosine", "staged"] = "linear"
+    start: Fraction = 0.0
+    end: Fraction = 0.9
+    begin: Fraction = 0.0
+    """Share of the steps after which the change begins."""
+    until: Fraction = 1.0
+    """Share of the steps after which it is complete; `staged` jumps there."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ScheduledAlpha":
+        if self.begin > self.until:
+            raise ValueError(f"begin = {self.begin} is after until = {self.until}; put them in order")
+        return self
+
+
+class GapAlpha(Section):
+    kind: Literal["gap"]
+    peak: Fraction = 0.9
+    """Weight of the soft target where the teacher is far ahead."""
+    margin: float = Field(0.05, ge=0.0)
+    """Nats the teacher must be ahead before it is listened to at all (the dead zone)."""
+    width: float = Field(0.1, gt=0.0)
+    """Nats beyond the margin over which the weight rises to its peak."""
+    horizon: int = Field(20, gt=0)
+    """Steps over which the running gap is averaged."""
+
+
+Weighting = Annotated[ConstantAlpha | ScheduledAlpha | GapAlpha, Field(discriminator="kind")]
+
+
+class Loss(Section):
+    weighting: Weighting = GapAlpha(kind="gap")
+    """How soft and hard targets are mixed."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Of the soft targets; their loss is multiplied by its square."""
+    balance: float = Field(0.01, ge=0.0)
+    """Coefficient of the experts' load-balancing loss."""
+    chunk_tokens: int = Field(512, gt=0)
+    """Tokens whose logits exist at one time."""
+
+
+class Parallel(Section):
+    zero: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    expert_parallel: int = Field(1, gt=0)
+    """Ranks the experts of a layer are spread over."""
+
+
+class Evaluation(Section):
+    decode_tokens: int = Field(64, ge=0)
+    """Tokens generated to time decoding; 0 for none."""
+
+
+class Tracking(Section):
+    enabled: bool = True
+    experiment: str = "herd"
+    """MLflow experiment, one a project."""
+    uri: str | None = None
+    """MLflow server or store; MLFLOW_TRACKING_URI wins, the default is the embedded store in mlruns/."""
+    register_models: bool = True
+    """Register every model this run makes, with an alias."""
+
+
+class DeepSpeed(Section):
+    extra: dict[str, Any] = {}
+    """Passed through to DeepSpeed's configuration; keys this tree already decides are refused."""
+
+
+class Config(Section):
+    run: Run
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    teacher: Teacher = Teacher()
+    students: dict[Name, Student] = Field(min_length=1)
+    loss: Loss = Loss()
+    parallel: Parallel = Parallel()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    deepspeed: DeepSpeed = DeepSpeed()

@@ -1,0 +1,88 @@
+"""Soft targets as a loss reads them: by slices of tokens, never knowing which teacher they came from.
+
+    targets = LinearTargets(hidden_TG, head_VG)      # logits are made chunk by chunk
+    targets = DenseTargets(logits_TV)                # logits exist already
+
+Shapes: T tokens, G teacher width, V vocabulary, C tokens of a chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class SoftTargets(Protocol):
+    """What a loss asks of a teacher."""
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        """Teacher logits [C, V] of these tokens, without gradient."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearTargets:
+    """The teacher's last hidden states and its head: no [T, V] tensor of the teacher ever exists."""
+
+    hidden_TG: torch.Tensor
+    head_VG: torch.Tensor
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        with torch.no_grad():
+            return self.hidden_TG[rows] @ self.head_VG.T
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_TG.shape[0]
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """Teacher logits that exist already, for heads that are more than a matrix (soft caps, scales, biases)."""
+
+    logits_TV: torch.Tensor
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        return self.logits_TV[rows].detach()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.logits_TV.shape[0]
+
+
+def make_targets(outputs: torch.Tensor, head_VG: torch.Tensor | None) -> SoftTargets:
+    """Targets from a model's outputs: hidden_TG with its head, or logits_TV when there is no plain head."""
+    if head_VG is None:
+        return DenseTargets(outputs.detach())
+    return LinearTargets(outputs.detach(), head_VG.detach())
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The part of a causal LM that ends in hidden states; None when it has no single such part."""
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else None
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True when logits are exactly decoder output times the head's matrix: tried on a few tokens, not assumed.
+
+    Soft caps (Gemma 2), logit scales (Cohere) and head biases make it false; they are kept by taking whole logits.
+    """
+    head, decoder = model.get_output_embeddings(), decoder_of(model)
+    if decoder is None or not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        probe_BT = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+        hidden = decoder(input_ids=probe_BT, use_cache=False).last_hidden_state
+        same = torch.equal(nn.functional.linear(hidden, head.weight), model(input_ids=probe_BT, use_cache=False).logits)
+    model.train(was_training)
+    return same
