@@ -14,10 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill import weighting
 from distill.engine import Member, build_member
 from distill.objectives.codistillation import Herd, Pupil
-from herd import data
-from herd.data import Batch, Corpus, RowSource
+from herd.data.batches import Batch, RowSource
+from herd.data.corpora import Corpus, open_corpus
+from herd.data.streams import fixed_batches, open_rows
+from herd.data.tokenizer import describe_difference, load_tokenizer
+from herd.data.tokenizer_training import open_tokenizer
 from herd.llama4.experts import use_sparse_experts
-from herd.llama4.expert_parallel import check_divisible
+from herd.llama4.expert_parallel import experts_divisible
 from herd.llama4.source import is_spec, open_model
 from herd.run import ranks
 from herd.run.config import split_batch
@@ -43,10 +46,17 @@ class Assembly:
 def assemble(config: Config, run_folder: Path) -> Assembly:
     """Open everything the configuration names. Raises ConfigError or DataError before any engine exists."""
     micro_rows, accumulation = split_batch(config, ranks.world_size())
-    corpus = data.open_corpus(config.data)
+    corpus = open_corpus(config.data)
     tokenizer = open_run_tokenizer(config, corpus)
-    rows = data.open_rows(config, tokenizer, "train", corpus=corpus)
-    heldout = data.open_heldout(config, tokenizer, corpus=corpus)
+    rows = open_rows(config, tokenizer, "train", corpus=corpus)
+    heldout = fixed_batches(
+        config.data,
+        tokenizer,
+        "heldout",
+        rows=config.data.heldout_rows,
+        rows_per_batch=micro_rows,
+        corpus=corpus,
+    )
     teacher_model = None if config.teacher.mode == "none" else _open(config, "teacher", config.teacher, tokenizer)
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
@@ -83,8 +93,8 @@ def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBas
         existing += [student.source for student in config.students.values()]
         for source in existing:
             if not is_spec(source):
-                return data.load_tokenizer(source)
-    return data.open_tokenizer(config.tokenizer, corpus)
+                return load_tokenizer(source)
+    return open_tokenizer(config.tokenizer, corpus)
 
 
 def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -113,12 +123,12 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         )
     if config.parallel.expert_parallel == 1:
         return use_sparse_experts(opened)
-    check_divisible(opened.config, config.parallel.expert_parallel)
+    experts_divisible(opened.config, config.parallel.expert_parallel)
     return opened
 
 
 def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
-    difference = data.describe_difference(tokenizer, data.load_tokenizer(source))
+    difference = describe_difference(tokenizer, load_tokenizer(source))
     if difference is not None:
         raise DataError(
             f"{name}: the tokenizer of {source} differs from the run's: {difference}; soft targets need one vocabulary: "

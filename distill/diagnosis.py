@@ -6,7 +6,7 @@
 import torch
 
 from distill.engine import Member
-from herd.data import Batch
+from herd.data.batches import Batch
 
 
 def first_fault(member: Member, batches: list[Batch]) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from distill.learner import Learner, parameter_groups
 from herd.llama4 import expert_parallel
 from herd.llama4.balance import RouterTap
+from herd.llama4.model import restore_rope
 from herd.run import deepspeed_config, files, ranks
 from herd.run.schema import Config
 
@@ -45,6 +46,11 @@ class Member:
     tap: RouterTap
     peak_lr: float
 
+    @property
+    def top_k(self) -> int:
+        """Experts a token meets; 1 for a model without experts."""
+        return self.learner.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
+
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -66,7 +72,7 @@ class Member:
         """Write a plain HF folder, atomically; a collective call, rank 0 writes."""
         state = expert_parallel.full_state_dict(self.engine)
         if ranks.is_main():
-            state = {name.removeprefix("model.", ): tensor for name, tensor in state.items()}
+            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
             write_model_folder(folder, self.learner.config, state, tokenizer)
         ranks.barrier()
 
@@ -93,13 +99,18 @@ def build_member(
     )
     if ranks.is_main():
         files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
+    expert_parallel.install_preset()
     learner = Learner(model)
+    if model.device.type == "cpu":
+        # The backward of torch's fused attention takes 4x the time of the plain form on a CPU (docs/training.md).
+        model.set_attn_implementation("eager")
     engine, *_ = deepspeed.initialize(
         model=learner,
         model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),
         config=settings,
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
+    restore_rope(learner)
     return Member(name, learner, engine, RouterTap(learner), lr)
 
 

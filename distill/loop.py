@@ -136,19 +136,18 @@ class Loop:
 
     def save(self) -> None:
         """Write a complete checkpoint; whatever happens, the previous one stays whole until this one is."""
-        folder = checkpoints.begin(self.run_folder, self.position.step)
-        for member in self.herd.members.values():
-            member.save(folder)
-        torch.save(randomness.rng_state(), folder / f"rng.{ranks.rank()}.pt")
-        if ranks.is_main():
-            state = {
-                "position": vars(self.position),
-                "weightings": {name: pupil.weighting.state_dict() for name, pupil in self.herd.pupils.items()},
-                "rows": self.parts.rows.state_dict(),
-            }
-            files.write_atomic(folder / STATE_FILE, json.dumps(state))
         facts = {"expert_parallel": self.config.parallel.expert_parallel, "zero": self.config.parallel.zero}
-        checkpoints.complete(folder, facts=facts)
+        with checkpoints.writing(self.run_folder, self.position.step, facts=facts) as folder:
+            for member in self.herd.members.values():
+                member.save(folder)
+            torch.save(randomness.rng_state(), folder / f"rng.{ranks.rank()}.pt")
+            if ranks.is_main():
+                state = {
+                    "position": vars(self.position),
+                    "weightings": {name: pupil.weighting.state_dict() for name, pupil in self.herd.pupils.items()},
+                    "rows": self.parts.rows.state_dict(),
+                }
+                files.write_atomic(folder / STATE_FILE, json.dumps(state))
         checkpoints.prune(self.run_folder, keep=self.config.run.keep_checkpoints)
 
     def load(self, folder: Path) -> None:

@@ -9,12 +9,11 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from distill import aftermath
 from distill.assembly import Assembly, assemble
 from distill.loop import Loop
-from herd.run import checkpoints, config as configuration, files, ranks
+from herd.run import checkpoints, files, randomness, ranks
+from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, Interrupted
 from herd.run.lineage import git_commit
 from herd.run.schema import Config
@@ -55,21 +54,21 @@ def run(config: Config, *, resume: str, command: str) -> None:
 
 
 def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
-    torch.manual_seed(config.run.seed)
+    randomness.seed_everything(config.run.seed, rank=ranks.rank())
     parts = assemble(config, folder)
     tracker.dataset("train", source=config.data.source, digest=parts.corpus.fingerprint, context="training")
     Loop(parts, config, folder, tracker).run(
         resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto"
     )
-    _write_models(parts, config, folder)
+    _write_models(parts, config, folder, tracker)
 
 
-def _write_models(parts: Assembly, config: Config, folder: Path) -> None:
+def _write_models(parts: Assembly, config: Config, folder: Path, tracker: Tracker) -> None:
     for name, member in parts.herd.members.items():
         target = folder / "teacher" if name == "teacher" else folder / "students" / name
         member.export(target, tokenizer=parts.tokenizer)
         if ranks.is_main():
-            aftermath.describe_model(target, name, config, parts)
+            aftermath.describe_model(target, name, config, parts, tracker)
     ranks.barrier()
 
 

@@ -20,11 +20,11 @@ HISTOGRAM_BINS = 10
 class Tally:
     """Nothing is read back to Python until the step is over, so no micro-batch waits for a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, top_k: int) -> None:
         self._sums = torch.zeros(len(STATS) + 1, dtype=torch.float64)
         self._alphas = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
         self._balance = torch.zeros(2, dtype=torch.float64)
-        self._load: ExpertLoad | None = None
+        self._load = ExpertLoad(top_k)
 
     def add(self, stats_ST: torch.Tensor, valid_T: torch.Tensor, routing: list[torch.Tensor]) -> None:
         """Add one micro-batch of one model."""
@@ -34,7 +34,6 @@ class Tally:
             alpha_T = stats_ST[STATS.index("alpha")][valid_T]
             self._alphas += torch.histc(alpha_T.float().cpu(), HISTOGRAM_BINS, 0.0, 1.0).double()
             if routing:
-                self._load = self._load or ExpertLoad()
                 self._load.add(routing)
 
     def add_balance(self, loss: torch.Tensor) -> None:
@@ -50,7 +49,7 @@ class Tally:
             part.copy_(values.view_as(part))
 
     def _parts(self) -> list[torch.Tensor]:
-        return [self._sums, self._alphas, self._balance, *([self._load.counts] if self._load else [])]
+        return [self._sums, self._alphas, self._balance]
 
     def is_finite(self) -> bool:
         return bool(self._sums.isfinite().all() and self._balance.isfinite().all())
@@ -73,7 +72,6 @@ class Tally:
         return out
 
     def expert_metrics(self, name: str) -> dict[str, float | list]:
-        """Load entropy, largest share, dead experts and the shares themselves, under `experts/<name>/`."""
-        if self._load is None:
-            return {}
-        return {f"experts/{name}/{key}": value for key, value in self._load.metrics().items()}
+        """Load entropy, largest share, dead experts and the shares, under `experts/<name>/`; a collective call."""
+        summary = self._load.take()
+        return {f"experts/{name}/{key}": value for key, value in vars(summary).items()} if summary else {}

@@ -21,7 +21,7 @@ from distill.losses import Distillation, distillation_from_logits, fused_linear_
 from distill.losses.kernel import Alpha
 from distill.schedule import learning_rate
 from distill.tally import Tally
-from herd.data import Batch
+from herd.data.batches import Batch
 from herd.llama4.balance import balance_loss
 from herd.run import ranks
 from herd.run.errors import NumericalError
@@ -65,7 +65,7 @@ class Herd:
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
         """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
         active = self._active(step)
-        tallies = {name: Tally() for name in active}
+        tallies = {name: Tally(member.top_k) for name, member in active.items()}
         scale = self._normalizer(batches)
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
         for batch in batches:
@@ -124,7 +124,7 @@ class Herd:
         routing = member.tap.take()
         total = loss
         if routing and self.config.loss.balance > 0:
-            balance = balance_loss(routing)
+            balance = balance_loss(routing, member.top_k)
             tallies[name].add_balance(balance)
             total = loss + self.config.loss.balance * balance
         member.engine.backward(total)

@@ -1,0 +1,114 @@
+"""What follows training, on rank 0: describe the models, compress the students, evaluate everything, write the report.
+
+    compress_and_report(config, run_folder, tracker)
+
+Each part is skipped when its result is there already, so a run killed here goes on from where it was.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+import evals
+import quant
+from distill.assembly import Assembly
+from herd import report
+from herd.data.tokenizer import tokenizer_digest
+from herd.llama4.source import is_spec
+from herd.run.lineage import model_card, read_lineage, write_lineage
+from herd.run.schema import Config, Quantize
+from herd.run.tracking import Tracker
+
+NO_LICENCE = "apache-2.0"
+
+
+def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tracker: Tracker) -> None:
+    """Write lineage.json and the model card of a model that was just trained."""
+    is_teacher = name == "teacher"
+    source = config.teacher.source if is_teacher else config.students[name].source
+    facts = {
+        "role": "teacher" if is_teacher else "student",
+        "name": name,
+        "run_id": tracker.run_id,
+        "run_folder": str(config.run.folder / config.run.name),
+        "teacher": None if is_teacher or config.teacher.mode == "none" else config.teacher.source,
+        "data": config.data.source,
+        "sequence_length": config.data.sequence_length,
+        "data_config": config.data.model_dump(mode="json"),
+        "data_fingerprint": parts.corpus.fingerprint,
+        "tokenizer_digest": tokenizer_digest(parts.tokenizer),
+    }
+    lineage = write_lineage(folder, **facts)
+    parameters = sum(p.numel() for p in parts.herd.members[name].learner.parameters())
+    base = {} if is_spec(source) else {"base_model": source}
+    model_card(folder, lineage | base | {"architecture": source, "parameters": parameters, "licence": NO_LICENCE})
+
+
+def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
+    """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
+    torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
+    exports = {
+        compress(run_folder, student, settings, tracker): run_folder / "students" / student
+        for student, wanted in config.students.items()
+        for settings in wanted.quantize
+    }
+    entries = evaluate_all(config, run_folder, exports)
+    for entry in entries:
+        register(entry, config, tracker)
+    page = report.write_report(run_folder)
+    for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
+        tracker.artifact(path, folder="report")
+    tracker.artifact(run_folder / "evals.json")
+    print(f"report: {page}")
+
+
+def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker) -> Path:
+    """Make one export, unless a whole one is there; returns its folder."""
+    name = f"{student}-{settings.scheme}"
+    folder = run_folder / "exports" / name
+    if not folder.exists():
+        source = run_folder / "students" / student
+        quantized = quant.quantize(source, scheme=settings.scheme, group_size=settings.group_size)
+        child = tracker.nested(name, role="export", params=settings.model_dump())
+        lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
+        quant.export(quantized, folder, lineage=lineage)
+        print(f"{name}: exported and checked, {folder}")
+    return folder
+
+
+def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path]) -> list[dict]:
+    """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows."""
+    teacher = teacher_folder(config, run_folder)
+    students = {run_folder / "students" / name: teacher for name in config.students}
+    pairs = ({teacher: None} if teacher is not None else {}) | students | exports
+    rows = evals.rows_from(config.data, next(iter(students)), rows=config.data.heldout_rows)
+    results = []
+    with evals.Probe() as probe:
+        for model, reference in pairs.items():
+            results.append(
+                evals.evaluate(
+                    model, rows=rows, against=reference, decode_tokens=config.evaluation.decode_tokens, probe=probe
+                )
+            )
+    entries = [result.entry() for result in results]
+    evals.add_entries(run_folder / "evals.json", entries)
+    return entries
+
+
+def teacher_folder(config: Config, run_folder: Path) -> Path | None:
+    """The folder of the run's teacher: the one it trained, or the frozen one it read, when that is a folder."""
+    if config.teacher.mode == "codistill":
+        return run_folder / "teacher"
+    frozen = Path(config.teacher.source)
+    return frozen if config.teacher.mode == "frozen" and frozen.is_dir() else None
+
+
+def register(entry: dict, config: Config, tracker: Tracker) -> None:
+    """Put one model and its measurements into MLflow, with an alias that names the run."""
+    name, role = entry["name"], entry["role"]
+    numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "rows"}
+    child = tracker.nested(name, role=role)
+    child.metrics({f"eval/{key}": value for key, value in numbers.items()}, step=config.run.steps)
+    alias = config.run.name if config.tracking.register_models else None
+    child.model(f"{config.tracking.experiment}-{name}", Path(entry["path"]), role=role, alias=alias, metrics=numbers)

@@ -1,0 +1,147 @@
+"""The command `python -m evals --model DIR [--against DIR]`: evaluate a model folder, as a table or as JSON."""
+
+import argparse
+import contextlib
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from herd.run.cli import main_guard
+from herd.run.errors import ConfigError
+from herd.run.schema import Data, Run, Tracking
+
+if TYPE_CHECKING:
+    from evals.result import Result
+    from evals.rows import Rows
+
+_DESCRIPTION = (
+    "Evaluate a model folder on held-out text: loss, bits per byte, divergence from a reference, size, memory, speed. "
+    "Every number is explained in docs/evaluation.md."
+)
+_EXAMPLES = """examples:
+  python -m evals --model runs/nano/students/scout --against runs/nano/teacher
+  python -m evals --model runs/nano/exports/scout-int4 --against runs/nano/students/scout --json
+"""
+
+
+def main() -> int:
+    """Parse the command line, evaluate, track the evaluation in MLflow, print it."""
+    arguments = _parser().parse_args()
+    settings = _check(arguments)
+    # Libraries print to stdout as they please; ours carries the result only.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = _run(arguments, settings)
+    if arguments.json:
+        print(json.dumps(result.entry(), indent=2))
+    else:
+        from evals.result import table
+
+        print(table([result]))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="model folder, plain or quantised")
+    add("--against", type=Path, metavar="DIR", help="reference for KL, top-1 agreement and loss difference")
+    add("--data", metavar="SOURCE", help="stdlib, a file or folder, or a hub dataset (default: what it was trained on)")
+    add("--sequence-length", type=int, metavar="T", help="tokens a row (default: as in training, else 256)")
+    add("--rows", type=int, default=64, metavar="N", help="held-out rows at most (default: 64)")
+    add("--micro-rows", type=int, default=4, metavar="N", help="rows of a forward; less needs less memory (default: 4)")
+    add(
+        "--decode-tokens", type=int, default=64, metavar="N", help="tokens decoded to time it; 0 for none (default: 64)"
+    )
+    add("--device", default="cpu", help="where to run, such as cuda (default: cpu)")
+    add("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    add("--out", type=Path, metavar="FILE", help="evals.json to add the result to (default: runs/evaluations/...)")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> Data:
+    """Everything that can be refused before the heavy imports; returns where the held-out text comes from."""
+    for name, least in (("rows", 1), ("micro_rows", 1), ("decode_tokens", 0)):
+        value = getattr(arguments, name)
+        if value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} = {value}: must be at least {least}")
+    if arguments.sequence_length is not None and arguments.sequence_length < 8:
+        raise ConfigError(f"--sequence-length = {arguments.sequence_length}: must be at least 8")
+    for option in ("model", "against"):
+        folder = getattr(arguments, option)
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"--{option} {folder}: no such folder; give the folder of a saved model")
+    return _data(arguments)
+
+
+def _data(arguments: argparse.Namespace) -> Data:
+    """The held-out part of what the model was trained on (its lineage says), unless the command line says otherwise."""
+    from herd.run.lineage import read_lineage
+
+    recorded = Data.model_validate(read_lineage(arguments.model).get("data_config", {}))
+    changes: dict[str, Any] = {}
+    if arguments.data is not None and arguments.data != recorded.source:
+        recorded = Data(sequence_length=recorded.sequence_length)
+        changes["source"] = arguments.data
+    if arguments.sequence_length is not None:
+        changes["sequence_length"] = arguments.sequence_length
+    return recorded.model_copy(update=changes)
+
+
+def _run(arguments: argparse.Namespace, data: Data) -> "Result":
+    from transformers.utils import logging
+
+    from evals.evaluation import evaluate
+    from evals.heldout import rows_from
+    from evals.loading import check_folder
+
+    logging.disable_progress_bar()
+    check_folder(arguments.model)
+    rows = rows_from(data, arguments.model, rows=arguments.rows)
+    result = evaluate(
+        arguments.model,
+        rows=rows,
+        against=arguments.against,
+        micro_rows=arguments.micro_rows,
+        decode_tokens=arguments.decode_tokens,
+        device=arguments.device,
+    )
+    _record(arguments, result, rows)
+    return result
+
+
+def _record(arguments: argparse.Namespace, result: "Result", rows: "Rows") -> None:
+    """One MLflow run with its own small folder: what was evaluated on what, the numbers, and evals.json."""
+    from evals.result import add_entries
+    from herd.run.lineage import read_lineage
+    from herd.run.tracking import open_tracker
+
+    name = f"evaluate-{result.name}"
+    folder = Run.model_fields["folder"].default / "evaluations" / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    folder.mkdir(parents=True)
+    add_entries(folder / "evals.json", [result.entry()])
+    if arguments.out is not None:
+        add_entries(arguments.out, [result.entry()])
+    tags = {"herd.role": "evaluation"}
+    if parent := read_lineage(arguments.model).get("run_id"):
+        tags["mlflow.parentRunId"] = parent
+    tracker = open_tracker(folder, experiment=Tracking().experiment, run_name=name, tags=tags)
+    tracker.params(
+        {key: getattr(arguments, key) for key in ("model", "against", "rows", "device")} | {"data": rows.source}
+    )
+    tracker.dataset("heldout", rows.source, rows.fingerprint, "heldout")
+    tracker.metrics(
+        {f"eval/{key}": value for key, value in result.entry().items() if isinstance(value, float | int)}, 0
+    )
+    tracker.artifact(folder / "evals.json")
+    tracker.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

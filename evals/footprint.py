@@ -1,0 +1,106 @@
+"""Bytes a model folder takes and bits it spends per weight, read from safetensors headers; no weight is loaded.
+
+disk = measure_disk(folder); parameters = count_parameters(folder)
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from herd.run.errors import DataError
+
+# A module with one of these beside its weight is stored quantised (compressed-tensors; bitsandbytes NF4).
+_MARKS = (".weight_packed", ".weight_scale", ".weight.absmax")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file."""
+
+    name: str
+    elements: int
+    data_bytes: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Sizes in bytes. `plain_elements` counts the elements of tensors that are stored as they are."""
+
+    weight_files: int
+    folder: int
+    tensors: int
+    quantised_tensors: int
+    plain_elements: int
+
+    def bits_per_weight(self, parameters: int) -> float:
+        """Stored bits (scales, zero points and shapes included) per parameter of the unquantised architecture."""
+        return 8 * self.tensors / parameters
+
+    def quantised_bits_per_weight(self, parameters: int) -> float | None:
+        """The same over quantised layers alone: whatever is not stored as it is must be quantised."""
+        quantised = parameters - self.plain_elements
+        return 8 * self.quantised_tensors / quantised if self.quantised_tensors else None
+
+
+def measure_disk(folder: str | Path) -> Disk:
+    """Sizes of a model folder. Raises DataError when it has no readable safetensors file."""
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder}: no *.safetensors file; give the folder of a saved model")
+    stored = [tensor for file in files for tensor in read_header(file)]
+    modules = {tensor.name[: -len(mark)] for tensor in stored for mark in _MARKS if tensor.name.endswith(mark)}
+    quantised = [tensor for tensor in stored if _module(tensor.name) in modules]
+    quantised_names = {tensor.name for tensor in quantised}
+    return Disk(
+        weight_files=sum(file.stat().st_size for file in files),
+        folder=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        tensors=sum(tensor.data_bytes for tensor in stored),
+        quantised_tensors=sum(tensor.data_bytes for tensor in quantised),
+        plain_elements=sum(tensor.elements for tensor in stored if tensor.name not in quantised_names),
+    )
+
+
+def _module(name: str) -> str:
+    """`a.q_proj` for `a.q_proj.weight_scale`, `.weight.absmax` and `.input_scale`; its bias is stored as it is."""
+    return re.split(r"\.(?:weight|input)(?=[_.]|$)", name)[0]
+
+
+def read_header(file: Path) -> list[Stored]:
+    """Tensors of one safetensors file. Raises DataError when the file is cut short or is something else."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size:
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        stored = [_stored(name, facts) for name, facts in header.items()]
+    except (struct.error, ValueError, KeyError, TypeError) as cause:
+        raise DataError(f"{file}: not a whole safetensors file ({cause}); copy or export it again") from cause
+    expected = 8 + length + sum(tensor.data_bytes for tensor in stored)
+    if expected != size:
+        raise DataError(f"{file}: {size} bytes, its header describes {expected}; copy or export it again")
+    return stored
+
+
+def _stored(name: str, facts: dict) -> Stored:
+    begin, end = facts["data_offsets"]
+    return Stored(name, prod(facts["shape"]), end - begin)
+
+
+def count_parameters(folder: str | Path) -> int:
+    """Parameters of the folder's architecture before quantisation (meta device, tied weights once)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if "quantization_config" in config.to_dict():
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())

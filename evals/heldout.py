@@ -1,0 +1,46 @@
+"""Held-out rows of a corpus, cut by a model's own tokenizer, with the document each row starts in.
+
+rows = rows_from(config.data, "runs/nano/students/scout", rows=64)
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evals.rows import Rows
+from herd.data.corpora import CACHE, StoredCorpus, StreamedCorpus, open_corpus
+from herd.data.packing import pack_rows
+from herd.data.streams import FIXED_ROWS_PACKED, fixed_batches
+from herd.data.tokenizer import load_tokenizer
+from herd.run.schema import Data
+
+
+def rows_from(
+    data: Data,
+    model_folder: str | Path,
+    *,
+    rows: int,
+    corpus: StoredCorpus | StreamedCorpus | None = None,
+    cache: Path = CACHE,
+) -> Rows:
+    """The rows that training's held-out losses are measured on, or their beginning if `rows` is fewer.
+
+    `corpus` saves opening it again. Raises DataError when the held-out part has too little text for one row.
+    """
+    tokenizer = load_tokenizer(model_folder)
+    corpus = open_corpus(data, cache=cache) if corpus is None else corpus
+    batches = fixed_batches(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
+    # The same packed rows again (they are cached), to look up which document a row's key stands for.
+    limit = rows if isinstance(corpus, StreamedCorpus) else max(rows, FIXED_ROWS_PACKED)
+    packed = pack_rows(corpus, tokenizer, "heldout", data.sequence_length, cache=cache, limit=limit)
+    document_of = dict(zip(packed.keys_N.tolist(), packed.first_N2[:, 0].tolist(), strict=True))
+    keys_N = torch.cat([batch.keys_B for batch in batches]).tolist()
+    return Rows(
+        input_ids_NT=torch.cat([batch.input_ids_BT for batch in batches]),
+        labels_NT=torch.cat([batch.labels_BT for batch in batches]),
+        bytes_N=torch.cat([batch.bytes_B for batch in batches]).numpy(),
+        documents_N=np.array([document_of[key] for key in keys_N]),
+        source=data.source,
+        fingerprint=packed.fingerprint,
+    )

@@ -1,0 +1,51 @@
+"""Opens any causal language model by name: a spec of the herd, a model folder, or a hub id.
+
+model = open_model("scout-nano", vocabulary={"vocab_size": 4096}, dtype=torch.bfloat16, seed=0)
+model = open_model("runs/nano/teacher", dtype=torch.float32)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from herd.llama4.model import build
+from herd.llama4.specs import SPECS
+from herd.run.errors import ConfigError, DataError
+
+
+def is_spec(source: str) -> bool:
+    """True for a name in SPECS, false for a folder or a hub id."""
+    return source in SPECS
+
+
+def open_model(
+    source: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The model, in `dtype`. `overrides` and `vocabulary` (sizes and special ids) apply to specs only.
+
+    Raises ConfigError for a name that is neither a spec nor a folder nor a hub id, and for overrides of a model that
+    exists; DataError for a folder that cannot be read.
+    """
+    if is_spec(source):
+        return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
+    if overrides:
+        raise ConfigError(
+            f"overrides = {dict(overrides)}: only a model built from a spec can be changed, and {source} exists already; "
+            "remove the overrides or name a spec"
+        )
+    if not Path(source).is_dir() and source.count("/") != 1:
+        raise ConfigError(f"model source {source!r}: no such spec or folder; specs are {', '.join(SPECS)}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        cause = " ".join(str(error).split())
+        raise DataError(f"model {source}: cannot be read: {cause[:300]}; is the folder complete?") from error

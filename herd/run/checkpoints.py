@@ -1,0 +1,215 @@
+"""Checkpoint folders: written aside by all ranks, complete or absent, every file hashed. Nothing of DeepSpeed here.
+
+    with checkpoints.writing(run_folder, step, facts={"zero": 1}) as folder: ...     every rank writes its files in it
+    resume_from = checkpoints.resolve(run_folder, "auto")                            None: start fresh
+
+checkpoints/step_000123/COMPLETE.json {"step", "world_size", <facts>, "files": {name: {"bytes", "sha256"}}}
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from herd.run import files, ranks
+from herd.run.errors import ConfigError, DataError
+
+MARKER = "COMPLETE.json"
+FOLDER = "checkpoints"
+NAME = re.compile(r"step_(\d+)")
+LEFTOVER = re.compile(r"\.step_\d+\.(tmp|old|trash)")
+ROOM = 1.05  # of the last checkpoint's size must be free before the next one starts
+
+
+@contextmanager
+def writing(run_folder: Path, step: int, *, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """`begin`, then `complete`; on an error the half-written folder goes. A full disk is an EnvironmentFault."""
+    folder = begin(run_folder, step)
+    try:
+        with files.disk_faults(folder):
+            yield folder
+            complete(folder, facts=facts)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def begin(run_folder: Path, step: int) -> Path:
+    """The empty folder in which every rank writes its part of this step's checkpoint; a collective call.
+
+    Raises EnvironmentFault when less is free than the last checkpoint took.
+    """
+    folder = run_folder / FOLDER / f".step_{step:06d}.tmp"
+    if ranks.is_main():
+        last = latest(run_folder)
+        if last is not None:
+            took = sum(entry["bytes"] for entry in _marker(last)["files"].values())
+            files.require_space(run_folder, int(ROOM * took), what=f"the checkpoint of step {step}")
+        files.fresh_folder(folder)
+    ranks.barrier()
+    return folder
+
+
+def complete(folder: Path, *, facts: Mapping[str, Any]) -> Path:
+    """Flush and hash every file (each rank its share), write the marker, rename into place; a collective call.
+
+    Until the rename, which comes last, the checkpoint does not exist. Returns the final folder.
+    """
+    ranks.barrier()
+    names = json.loads(ranks.broadcast_text(json.dumps(sorted(_names(folder)))))
+    digests_F32 = torch.zeros(len(names), 32, dtype=torch.int64)  # bytes of SHA-256, a file a row
+    for index in range(ranks.rank(), len(names), ranks.world_size()):
+        files.sync_file(folder / names[index])
+        digests_F32[index] = torch.tensor(list(bytes.fromhex(files.sha256(folder / names[index]))))
+    digests_F32 = ranks.all_reduce_sum(digests_F32)
+    final = folder.with_name(folder.name.removeprefix(".").removesuffix(".tmp"))
+    if ranks.is_main():
+        entries = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()}
+            for name, digest in zip(names, digests_F32.tolist(), strict=True)
+        }
+        marker = {"step": step_of(final), "world_size": ranks.world_size(), **facts, "files": entries}
+        files.write_atomic(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+        files.replace_folder(folder, final)
+    ranks.barrier()
+    return final
+
+
+def _names(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(NAME.fullmatch(checkpoint.name).group(1))
+
+
+def all_complete(run_folder: Path) -> list[Path]:
+    """Checkpoints with a completeness marker, oldest first."""
+    found = [path for path in (run_folder / FOLDER).glob("step_*") if NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MARKER).is_file()), key=step_of)
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint; its files are not read."""
+    return next(reversed(all_complete(run_folder)), None)
+
+
+def latest_step(run_folder: Path) -> int | None:
+    """Its step."""
+    newest = latest(run_folder)
+    return None if newest is None else step_of(newest)
+
+
+def facts(checkpoint: Path) -> dict[str, Any]:
+    """Step, world size and the caller's own facts of a complete checkpoint. Raises DataError without a good marker."""
+    return {key: value for key, value in _marker(checkpoint).items() if key != "files"}
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MARKER
+    try:
+        marker = json.loads(path.read_text())
+        marker["files"].items()
+    except FileNotFoundError:
+        raise DataError(
+            f"{checkpoint}: no {MARKER}, so it never was complete; name another, or --resume auto"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: damaged; name another checkpoint, or --resume auto") from None
+    return marker
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise DataError naming the first file that is missing, truncated or altered; a collective call."""
+    entries = sorted(_marker(checkpoint)["files"].items())
+    faults_F = torch.zeros(len(entries), dtype=torch.int64)
+    for index in range(ranks.rank(), len(entries), ranks.world_size()):
+        name, entry = entries[index]
+        faults_F[index] = _fault(checkpoint / name, entry) is not None
+    found = ranks.all_reduce_sum(faults_F).nonzero().flatten().tolist()
+    if found:
+        name, entry = entries[found[0]]
+        fault = _fault(checkpoint / name, entry) or "other bytes on another rank"
+        raise DataError(f"{checkpoint / name}: {fault}; name another checkpoint, or --resume auto")
+
+
+def _fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{size} bytes, {entry['bytes']} were written"
+        return None if files.sha256(path) == entry["sha256"] else "altered since it was written (SHA-256 differs)"
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+
+
+def prune(run_folder: Path, *, keep: int) -> None:
+    """Delete all complete checkpoints but the newest `keep`; rank 0 does it."""
+    if not ranks.is_main():
+        return
+    for old in all_complete(run_folder)[:-keep]:
+        trash = old.with_name(f".{old.name}.trash")
+        old.rename(trash)  # a half-deleted checkpoint must not look complete
+        shutil.rmtree(trash)
+
+
+def clean(run_folder: Path) -> None:
+    """Remove what killed saves and deletions left; rank 0 calls it before a run starts."""
+    for path in (run_folder / FOLDER).glob(".step_*"):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def resolve(run_folder: Path, resume: str) -> Path | None:
+    """The verified checkpoint to start from, None for a fresh start; a collective call, the same on every rank.
+
+    `never`: fresh, and only into an empty folder. `auto`: the newest whole one, fresh when there is none at all.
+    `latest`: the same, but one must exist. Anything else is a checkpoint's path. Damaged ones are passed over with a
+    line on stderr, unless named. Raises ConfigError for what does not fit the folder, DataError for damage.
+    """
+    if resume == "never":
+        if run_folder.is_dir() and any(run_folder.iterdir()):
+            raise ConfigError(
+                f"{run_folder} is not empty: go on with it by --resume auto, or start another with --set run.name=NEW"
+            )
+        return None
+    if resume not in ("auto", "latest"):
+        return _named(run_folder, Path(resume))
+    candidates = all_complete(run_folder)
+    if not candidates and resume == "latest":
+        raise ConfigError(f"--resume latest: {run_folder} holds no checkpoint; --resume auto starts fresh then")
+    for checkpoint in reversed(candidates):
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DataError as error:
+            if ranks.is_main():
+                cause = str(error).partition(";")[0]
+                print(f"warning: damaged checkpoint passed over: {cause}", file=sys.stderr, flush=True)
+    if candidates:
+        raise DataError(
+            f"{run_folder / FOLDER}: every checkpoint is damaged; start another run with --set run.name=NEW, "
+            "or delete that folder to start this one again"
+        )
+    return None
+
+
+def _named(run_folder: Path, path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"--resume {path}: no such folder; it takes auto, latest, never or a checkpoint's path")
+    if NAME.fullmatch(path.name) is None:
+        raise ConfigError(f"--resume {path}: no checkpoint; those are {run_folder / FOLDER}/step_...")
+    inside = path.resolve().is_relative_to(run_folder.resolve())
+    if not inside and run_folder.is_dir() and any(run_folder.iterdir()):
+        raise ConfigError(
+            f"--resume {path}: of another run, and {run_folder} is not empty; start a new one with --set run.name=NEW"
+        )
+    verify(path)
+    return path

@@ -1,0 +1,82 @@
+"""Rules between fields that need no model, no data and no device; the rest of the checks live where the facts are.
+
+for line in faults(config): ...        micro_rows, accumulation = split_batch(config, world_size=2)
+"""
+
+from collections.abc import Iterator
+
+from herd.run import deepspeed_config
+from herd.run.errors import ConfigError
+from herd.run.schema import Config
+
+RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
+
+
+def faults(config: Config) -> Iterator[str]:
+    """One line for each rule this configuration breaks, whatever machine it will run on."""
+    for name in sorted(set(RESERVED) & set(config.students)):
+        yield f"students.{name}: this name is the teacher's; choose another"
+    if config.teacher.head_start and config.teacher.mode != "codistill":
+        yield (
+            f"teacher.head_start = {config.teacher.head_start}: a {config.teacher.mode} teacher does not train; "
+            "set it to 0, or teacher.mode to codistill"
+        )
+    optim, batch = config.optim, config.batch
+    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
+        yield (
+            f"optim.warmup + optim.decay = {optim.warmup:g} + {optim.decay:g}: "
+            "the two phases overlap; their sum must be 1 or less"
+        )
+    if max(optim.betas) >= 1:
+        yield f"optim.betas = {list(optim.betas)}: both must be less than 1"
+    if batch.micro_rows is not None and batch.rows % batch.micro_rows:
+        yield (
+            f"batch.micro_rows = {batch.micro_rows}: must divide batch.rows = {batch.rows} at any number of ranks; "
+            f"use one of {_listed(_divisors(batch.rows))}"
+        )
+    yield from deepspeed_config.conflicts(config.deepspeed.extra)
+
+
+def split_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """Rows per forward and rank, and forwards per optimiser step: rows = micro_rows x accumulation x ranks.
+
+    Raises ConfigError when that cannot hold, or the experts cannot be spread over this many ranks.
+    """
+    rows, micro_rows = config.batch.rows, config.batch.micro_rows
+    equation = "batch.rows = micro_rows x accumulation x ranks"
+    if rows % world_size:
+        below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"batch.rows = {rows}: {equation} does not hold on {world_size} ranks; "
+            f"set batch.rows to a multiple of {world_size} (such as {near}), or start {_listed(_divisors(rows))} ranks"
+        )
+    per_rank = rows // world_size
+    micro_rows = per_rank if micro_rows is None else micro_rows
+    if per_rank % micro_rows:
+        raise ConfigError(
+            f"batch.micro_rows = {micro_rows}: {equation} does not hold, as each of {world_size} ranks has "
+            f"{rows} / {world_size} = {per_rank} rows; use one of {_listed(_divisors(per_rank))}"
+        )
+    check_expert_parallel(config, world_size)
+    return micro_rows, per_rank // micro_rows
+
+
+def check_expert_parallel(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless the ranks fall into whole groups of `parallel.expert_parallel`."""
+    size = config.parallel.expert_parallel
+    if world_size % size:
+        raise ConfigError(
+            f"parallel.expert_parallel = {size}: must divide the {world_size} ranks; "
+            f"use one of {_listed(_divisors(world_size))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _listed(values: list[int]) -> str:
+    shown = values if len(values) <= 12 else [*values[:11], "...", values[-1]]
+    return ", ".join(map(str, shown))

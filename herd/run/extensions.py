@@ -1,0 +1,144 @@
+"""DeepSpeed's CPU communication op: compiled once, into the project's own cache, and never waited for in silence.
+
+python -m herd.run.extensions           compile it now (set-up does); exit code 3 without a compiler
+extensions.prepare()                    at every start: load it, compile it if need be
+"""
+
+import contextlib
+import fcntl
+import io
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import herd
+from herd.run import cli
+from herd.run.errors import EnvironmentFault
+
+VARIABLE = "TORCH_EXTENSIONS_DIR"
+BUILDER = "ShareMemCommBuilder"
+PATIENCE_S = 600.0
+GLANCE_S = 0.5
+
+
+def use_project_folder() -> Path:
+    """Point torch at the project's cache unless the variable is set; child processes inherit it."""
+    root = Path(herd.__file__).resolve().parents[1]
+    installed = "site-packages" in root.parts
+    cache = Path.home() / ".cache" / "herd" if installed else root / ".cache"
+    return Path(os.environ.setdefault(VARIABLE, str(cache / "torch_extensions")))
+
+
+def prepare() -> None:
+    """Load DeepSpeed's CPU op, compiling it first if it is not there; nothing on machines with an accelerator.
+
+    Safe with any number of ranks at once: one builds, the others wait and load. A build lock that a killed process
+    left behind is removed with a line on stderr. Raises EnvironmentFault when the op cannot be compiled.
+    """
+    folder = use_project_folder()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return
+    builder = get_accelerator().create_op_builder(BUILDER)
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.name, False):
+        return  # not Linux: DeepSpeed goes without it too
+    build_folder = folder / builder.name
+    try:
+        build_folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder / f"{builder.name}.flock"):
+            clear_stale_lock(build_folder)
+            if not (build_folder / f"{builder.name}.so").exists():
+                require_compiler()
+                say("building DeepSpeed's CPU op, about 40 s, once")
+            _find_ninja()
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.load(verbose=False)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{folder}: cannot be written; make it writable, or set {VARIABLE}") from error
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"DeepSpeed's CPU op does not compile ({_first_error(str(error))}); "
+            "on Debian or Ubuntu: apt install g++ python3-dev"
+        ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel frees when its holder dies, however it dies."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def clear_stale_lock(build_folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    """Remove torch's `lock` file when no living process builds there; wait, saying for whom, while one does.
+
+    torch keeps the file open while it builds, and its compilers run in the folder: both are visible for as long as
+    they live. Raises EnvironmentFault when a builder takes longer than `patience_s` seconds.
+    """
+    lock, deadline, told = build_folder / "lock", time.monotonic() + patience_s, False
+    while lock.exists():
+        builders = living_builders(lock)
+        if not builders:
+            time.sleep(GLANCE_S)  # a builder closes the file just before it removes it
+            if lock.exists() and not living_builders(lock):
+                lock.unlink(missing_ok=True)
+                say(f"removed {lock}: the process that was building is gone")
+            continue
+        names = ", ".join(map(str, builders))
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"{lock}: held for {patience_s:g} s by process {names}; end it, then start again")
+        if not told:
+            say(f"waiting for process {names}, which is building DeepSpeed's CPU op in {build_folder}")
+            told = True
+        time.sleep(GLANCE_S)
+
+
+def living_builders(lock: Path) -> list[int]:
+    """Process ids that have the lock file open or run inside its folder (this machine, what we may look at)."""
+    import psutil
+
+    found, place, folder = [], str(lock.resolve()), str(lock.parent.resolve())
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.cwd() == folder or any(opened.path == place for opened in process.open_files()):
+                found.append(process.pid)
+    return found
+
+
+def require_compiler() -> None:
+    """Raise EnvironmentFault, naming the package, when there is no C++ compiler to build with."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise EnvironmentFault(
+            f"no C++ compiler ({compiler}) on PATH, and DeepSpeed's CPU op must be compiled once; "
+            "on Debian or Ubuntu: apt install g++, or set CXX"
+        )
+
+
+def _find_ninja() -> None:
+    """Put this environment's scripts on PATH when ninja is only there (python started without activating it)."""
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def _first_error(text: str) -> str:
+    """The compiler's first complaint, else the first line."""
+    found = re.search(r"^.*\b(?:fatal )?error: .*$", text, re.MULTILINE)
+    return (found.group(0) if found else text.partition("\n")[0]).strip()
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main_guard(prepare))

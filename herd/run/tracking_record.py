@@ -1,0 +1,71 @@
+"""What a run folder remembers of MLflow: `mlflow.json`, the ids of its runs and models and how far it was sent.
+
+record = Record.load(folder, uri, experiment)
+record.runs["main"]        # MLflow run id; children under "student/scout" and the like
+record.save()              # atomic
+"""
+
+import json
+import time
+import uuid
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from herd.run.errors import DataError
+from herd.run.files import write_atomic
+from herd.run.store import held, shown
+
+FILE = "mlflow.json"
+LOCK = ".mlflow.lock"
+"""Held in the run folder by whoever sends its journal."""
+
+
+@dataclass
+class Record:
+    """One run folder's MLflow identity. Written by whoever holds the folder's send lock, read by anyone."""
+
+    folder: Path
+    uri: str
+    experiment: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Names this folder in MLflow before its ids are known: a run made twice by a lost answer is found by it."""
+    started: float = field(default_factory=time.time)
+    """Unix seconds of the first start."""
+    runs: dict[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    """Logged-model id by `<role>/<name>`, the newest of each."""
+    journal: str | None = None
+    offset: int = 0
+    """Bytes of the journal so named that MLflow has."""
+
+    @classmethod
+    def open(cls, folder: Path, uri: str, experiment: str) -> "Record":
+        """The folder's record as `load` gives it; a new one is written at once, by one process only."""
+        if not (folder / FILE).exists():
+            with held(folder / LOCK):
+                record = cls.load(folder, uri, experiment)
+                record.save()
+                return record
+        return cls.load(folder, uri, experiment)
+
+    @classmethod
+    def load(cls, folder: Path, uri: str, experiment: str) -> "Record":
+        """The folder's record with `uri` and `experiment` in place of the stored ones, or a new one.
+
+        Raises DataError when the file cannot be read.
+        """
+        path = folder / FILE
+        if not path.exists():
+            return cls(folder, uri, experiment)
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored.update(folder=folder, uri=uri, experiment=experiment)
+            return cls(**{key: stored[key] for key in (f.name for f in fields(cls))})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: damaged ({error!r}); remove it to start a new MLflow run") from error
+
+    def save(self) -> None:
+        """Write `mlflow.json` in one step, without a password the URI may hold."""
+        content = asdict(self) | {"uri": shown(self.uri)}
+        del content["folder"]
+        write_atomic(self.folder / FILE, json.dumps(content, indent=1) + "\n")

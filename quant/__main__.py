@@ -1,0 +1,155 @@
+"""Quantise a model folder and export it.
+
+    python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4 [--dry-run] [--json]
+
+`--help` and mistakes in the arguments are answered before torch is imported.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from herd.run.cli import main_guard
+
+if TYPE_CHECKING:
+    from quant.plans import Plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, then plan (`--dry-run`) or export and track; returns the exit code."""
+    options = parse(arguments)
+    return main_guard(lambda: run(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quant",
+        description="Quantise a Hugging Face model folder (text-only Llama 4 or a dense causal LM) and export it in "
+        "the compressed-tensors format. The export is reloaded by a fresh process and refused unless it computes what "
+        "the quantised model in memory computes.",
+    )
+    parser.add_argument("--model", required=True, type=Path, help="unquantised model folder (safetensors)")
+    parser.add_argument("--scheme", required=True, choices=("int4", "fp8"), help="int4: weights in groups; fp8: E4M3")
+    parser.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
+    parser.add_argument("--group-size", type=int, default=64, help="int4 weights that share a scale: 32, 64 or 128")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN",
+        help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print what would be quantised, kept and written")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--experiment", default="herd", help="MLflow experiment (default herd)")
+    parser.add_argument("--no-tracking", action="store_true", help="do not track this command in MLflow")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options ask; errors a user can mend are raised."""
+    import transformers
+
+    from herd.run.lineage import read_lineage
+    from quant.exports import check_target, export
+    from quant.gate_process import GateProcess
+    from quant.quantized import quantize
+
+    transformers.logging.set_verbosity_error()
+    check_target(options.out)
+    started = time.monotonic()
+    quantized = quantize(
+        options.model, scheme=options.scheme, group_size=options.group_size, ignore=tuple(options.ignore)
+    )
+    result = summary(quantized.plan)
+    if options.dry_run:
+        print(json.dumps(result, indent=1) if options.json else describe(quantized.plan))
+        return 0
+    with GateProcess() as gate:
+        lineage = export_lineage(options, read_lineage(options.model))
+        report = export(quantized, options.out, lineage=lineage, gate=gate)
+    result |= {"out": str(options.out), "seconds": time.monotonic() - started, "gate": report.to_json()}
+    track(options, quantized.plan, result)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"{describe(quantized.plan)}\n\n{report.to_text()}\n\nwritten: {options.out}")
+    return 0
+
+
+def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
+    """Lineage of the export: the source's teacher, data and tokenizer, with the source as its student."""
+    inherited = ("teacher", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
+    facts = {key: source[key] for key in inherited if source.get(key) is not None}
+    ignores = "".join(f" --ignore '{pattern}'" for pattern in options.ignore)
+    group = f" --group-size {options.group_size}" if options.scheme == "int4" else ""
+    command = f"python -m quant --model {options.model} --scheme {options.scheme}{group}{ignores} --out {options.out}"
+    student = source.get("name") or options.model.resolve().name
+    return facts | {"student": student, "base_model": student, "source": str(options.model), "command": command}
+
+
+def summary(plan: "Plan") -> dict[str, Any]:
+    """The plan in numbers and names."""
+    return {
+        "scheme": plan.scheme.label,
+        "quantised": [layer.name for layer in plan.layers],
+        "kept": plan.ignored,
+        "quantised_weights": plan.quantised_weights,
+        "weights": plan.all_weights,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_quantised_weight": plan.bits_per_quantised_weight,
+        "bits_per_weight": plan.bits_per_weight,
+    }
+
+
+def describe(plan: "Plan") -> str:
+    """The plan for people: one line per kind of layer."""
+    from quant.exports import family
+
+    quantised: dict[tuple[int, int], list[str]] = {}
+    for layer in plan.layers:
+        quantised.setdefault(layer.shape, []).append(layer.name)
+    kept: dict[str, list[str]] = {}
+    for name, reason in plan.ignored.items():
+        kept.setdefault(reason, []).append(name)
+    lines = [f"{plan.scheme.label} ({plan.scheme.format})", "", "quantised"]
+    lines += [f"  {len(names):5d} x {shape[0]} x {shape[1]}  {family(names)}" for shape, names in quantised.items()]
+    lines += ["kept in bf16 (with norms and embeddings)"]
+    lines += [f"  {len(names):5d}  {family(names)}: {reason}" for reason, names in kept.items()]
+    share = plan.quantised_weights / plan.all_weights
+    lines += [
+        "",
+        f"weights   {plan.all_weights:,}, {share:.1%} quantised",
+        f"bytes     {plan.bytes_before:,} -> {plan.bytes_after:,} ({plan.bytes_after / plan.bytes_before:.3f})",
+        f"bits      {plan.bits_per_quantised_weight:.3f} per quantised weight, {plan.bits_per_weight:.3f} over all",
+    ]
+    return "\n".join(lines)
+
+
+def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> None:
+    """One MLflow run with the settings, the sizes, the gate's report and the model."""
+    from herd.run.tracking import open_tracker
+
+    name = options.out.resolve().name
+    settings = {"model": str(options.model), "scheme": options.scheme, "ignore": list(options.ignore)}
+    tracker = open_tracker(
+        options.out,
+        experiment=options.experiment,
+        run_name=name,
+        config=settings | ({"group_size": options.group_size} if options.scheme == "int4" else {}),
+        tags={"herd.role": "export"},
+        enabled=not options.no_tracking,
+    )
+    sizes = ("bytes_before", "bytes_after", "bits_per_quantised_weight", "bits_per_weight", "seconds")
+    metrics = {f"export/{key}": float(result[key]) for key in sizes}
+    tracker.metrics(metrics, 0)
+    tracker.artifact(options.out / "gate.json")
+    tracker.artifact(options.out / "README.md")
+    tracker.model(name, options.out, role="export", alias=plan.scheme.name, metrics=metrics)
+    tracker.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

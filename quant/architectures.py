@@ -1,0 +1,160 @@
+"""Which layers a model has, which of them stay unquantised and why, and what names its readers accept. Rules as data.
+
+config = read_config(folder)
+skeleton = build_skeleton(config)             # on the meta device, experts as the quantised layout has them
+reason = kept_because("model.layers.0.self_attn.q_proj", config)     # None: it is quantised
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.quantizers.base import SequentialLlama4TextExperts
+
+from herd.run.errors import ConfigError, DataError
+
+LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+SUPPORTED = "Llama4ForCausalLM and any transformers causal LM whose experts, if any, are plain nn.Linear layers"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Linear layers whose name matches stay bf16, for a reason that goes into the model card."""
+
+    pattern: str
+    reason: str
+    llama4_only: bool = False
+
+
+KEEPS = (
+    Keep(r"(^|\.)lm_head$", "the output head decides every token and is a small part of a large model"),
+    Keep(r"\.router$", "a router's rounding error changes which expert runs, not only its output", llama4_only=True),
+    Keep(
+        r"\.self_attn\.[qk]_proj$",
+        "servers reorder the rows of q and k of a Llama 4 for their rotary embedding while loading, and only newer "
+        "ones reorder packed weights and scales with them",
+        llama4_only=True,
+    ),
+    Keep(
+        r"\.self_attn\.v_proj$",
+        "vLLM fuses q, k and v into one layer and refuses shards of different schemes, so v follows q and k",
+        llama4_only=True,
+    ),
+    Keep(
+        r"\.self_attn\.o_proj$",
+        "attention is about 3 % of a Scout: nothing to gain next to the experts, and Meta's own Int4 keeps it too",
+        llama4_only=True,
+    ),
+    Keep(r"(^|\.)(vision_model|multi_modal_projector)\.", "only the language model is compressed", llama4_only=True),
+)
+
+# Layers that vLLM merges into one: all of a set are quantised alike, or the folder does not load.
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# ... and the three projections of all experts of one MoE layer.
+EXPERT_BANK = re.compile(r"^(?P<bank>.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
+
+# Names vLLM's loaders map, by architecture (stacked_params_mapping and make_expert_params_mapping in its models).
+_STORED = r"(weight|weight_packed|weight_scale|weight_shape)"
+_LLAMA_MLP = r"mlp\.(gate_proj|up_proj|down_proj)\.(bias|" + _STORED + ")"
+_LAYER = r"model\.layers\.\d+\."
+_COMMON = (
+    r"model\.embed_tokens\.weight",
+    r"model\.norm\.weight",
+    r"lm_head\.weight",
+    _LAYER + r"(input_layernorm|post_attention_layernorm)\.weight",
+    _LAYER + r"self_attn\.(q_proj|k_proj|v_proj|o_proj)\.(bias|" + _STORED + ")",
+)
+_LLAMA4_NAMES = (
+    *_COMMON,
+    _LAYER + r"feed_forward\.router\.weight",
+    _LAYER + r"feed_forward\.((shared_expert|experts\.\d+)\.)?(gate_proj|up_proj|down_proj)\." + _STORED,
+)
+_LLAMA_NAMES = (*_COMMON, _LAYER + _LLAMA_MLP)
+VLLM_NAMES: dict[str, tuple[str, ...]] = {
+    "Llama4ForCausalLM": _LLAMA4_NAMES,
+    "Llama4ForConditionalGeneration": (
+        *(r"language_model\." + name for name in _LLAMA4_NAMES),
+        r"(vision_model|multi_modal_projector)\..*",
+    ),
+    "LlamaForCausalLM": _LLAMA_NAMES,
+    "MistralForCausalLM": _LLAMA_NAMES,
+    "Qwen2ForCausalLM": _LLAMA_NAMES,
+    "Qwen3ForCausalLM": (*_LLAMA_NAMES, _LAYER + r"self_attn\.(q_norm|k_norm)\.weight"),
+}
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """Name of the model's class; DataError when config.json names none or one transformers lacks."""
+    names = config.architectures or []
+    if len(names) != 1 or not hasattr(transformers, names[0]):
+        raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}")
+    return names[0]
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """transformers' own class of the model (code that comes with a model is never run)."""
+    return getattr(transformers, architecture(config))
+
+
+def build_skeleton(config: PretrainedConfig, *, fused: bool = False) -> PreTrainedModel:
+    """The model without storage; with `fused` as trained, else with one module per expert as it is stored quantised."""
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+        if not fused:
+            split_experts(model)
+    return model
+
+
+def split_experts(model: PreTrainedModel) -> None:
+    """Replace Llama 4's fused experts by transformers' per-expert form, on the current default device, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Llama4TextExperts):
+            experts = SequentialLlama4TextExperts(_text(model.config)).to(module.gate_up_proj.dtype)
+            model.set_submodule(name, experts)
+
+
+def check_layout(skeleton: PreTrainedModel) -> None:
+    """Refuse fused experts of a layout this package does not know: they would silently stay unquantised."""
+    for name, parameter in skeleton.named_parameters():
+        owner = skeleton.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim == 3 and not isinstance(owner, Llama4TextExperts | nn.Conv1d):
+            raise ConfigError(f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}")
+
+
+def kept_because(name: str, config: PretrainedConfig) -> str | None:
+    """Why a linear layer stays bf16 by default; None when it is quantised."""
+    llama4 = architecture(config) in LLAMA4
+    for keep in KEEPS:
+        if (llama4 or not keep.llama4_only) and re.search(keep.pattern, name):
+            return keep.reason
+    return None
+
+
+def split_groups(quantised: set[str], kept: set[str]) -> list[str]:
+    """Layers that must be quantised alike but are not: one line for each set that no server could load."""
+    members: dict[str, dict[str, str]] = {}
+    for state, names in (("quantised", quantised), ("kept", kept)):
+        for name in names:
+            for group in _merged_with(name):
+                members.setdefault(group, {})[state] = name
+    return [
+        f"{group}: {states['quantised']} is quantised and {states['kept']} is not"
+        for group, states in sorted(members.items())
+        if len(states) == 2
+    ]
+
+
+def _merged_with(name: str) -> list[str]:
+    bank = EXPERT_BANK.match(name)
+    if bank:
+        return [f"{bank['bank']} (all experts of a layer)"]
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{{{','.join(merged)}}}" for merged in MERGED if leaf in merged]
+
+
+def _text(config: PretrainedConfig) -> PretrainedConfig:
+    return config.get_text_config()

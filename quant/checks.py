@@ -1,0 +1,184 @@
+"""The single checks of the export gate; `quant.gate` runs them in order.
+
+check = check_tensors(config, scheme, ignored, headers, facts)
+check.passed, check.detail
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from herd.run.files import sha256
+from quant.architectures import VLLM_NAMES, architecture, build_skeleton, kept_because, split_groups
+from quant.int4 import GROUP_SIZES
+from quant.loading import load_with_info
+from quant.plans import tied_names
+from quant.probes import Probe, digest_weights, take_probe
+from quant.reports import Check
+from quant.schemes import Header, Scheme
+from quant.shards import StoredTensors, tensor_bytes
+
+SAMPLE_TOKENS = 16
+
+
+def check_configuration(config: PretrainedConfig) -> tuple[Check, Scheme | None, list[str]]:
+    """The quantization_config is exactly what a known scheme writes. Also returns that scheme and the ignore list."""
+    section = config.to_dict().get("quantization_config") or {}
+    ignored = section.get("ignore") or []
+    scheme = _scheme_of(section)
+    if scheme is None:
+        return Check("configuration", False, "quantization_config describes no scheme of this package"), None, []
+    wanted = scheme.section(ignored)
+    differing = sorted(key for key in wanted if wanted[key] != section.get(key))
+    if differing:
+        detail = f"quantization_config.{differing[0]} is not what {scheme.label} writes"
+        return Check("configuration", False, detail), None, []
+    return Check("configuration", True, f"{scheme.label}, {len(ignored)} layers ignored"), scheme, ignored
+
+
+def _scheme_of(section: dict[str, Any]) -> Scheme | None:
+    weights = section.get("config_groups", {}).get("group_0", {}).get("weights") or {}
+    for scheme in (Scheme.named("fp8"), *(Scheme.named("int4", size) for size in GROUP_SIZES)):
+        if (section.get("format"), weights.get("group_size")) == (scheme.format, scheme.group_size):
+            return scheme
+    return None
+
+
+def check_tensors(
+    config: PretrainedConfig,
+    scheme: Scheme,
+    ignored: list[str],
+    headers: dict[str, Header],
+    facts: dict[str, Any],
+) -> Check:
+    """The tensors are exactly those that the architecture, the scheme and the ignore list call for."""
+    skeleton = build_skeleton(config)
+    linears = {name: tuple(m.weight.shape) for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    faults = [f"ignore lists {name}, which is no linear layer of the model" for name in ignored if name not in linears]
+    quantised = {name: shape for name, shape in linears.items() if name not in set(ignored)}
+    expected: dict[str, Header] = {}
+    for name, tensor in skeleton.state_dict().items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in quantised:
+            expected |= {f"{module}.{suffix}": h for suffix, h in scheme.stored(quantised[module]).items()}
+        elif name not in tied_names(skeleton):
+            expected[name] = (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+    faults += _compare_headers(expected, headers, set(quantised), set(ignored))
+    weights = sum(map(prod, quantised.values()))
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    facts |= {"quantised_layers": len(quantised), "quantised_weights": weights, "quantised_share": weights / total}
+    if faults:
+        return Check("tensors", False, _few(faults))
+    share = f"{len(quantised)} layers, {weights / total:.1%} of all weights, quantised"
+    return Check("tensors", True, f"{len(headers)} as expected; {share}")
+
+
+def _compare_headers(
+    expected: dict[str, Header], headers: dict[str, Header], quantised: set[str], ignored: set[str]
+) -> list[str]:
+    faults = []
+    for name in sorted(headers.keys() | expected.keys()):
+        module = name.rpartition(".")[0]
+        wanted, found = expected.get(name), headers.get(name)
+        if wanted == found:
+            continue
+        if found is None:
+            faults.append(f"{name} is missing")
+        elif wanted is None and module in quantised:
+            faults.append(f"{module} is stored as {name} but config.json says it is quantised")
+        elif wanted is None and module in ignored:
+            faults.append(f"{name} is stored though config.json ignores {module}")
+        elif wanted is None:
+            faults.append(f"{name} is unexpected")
+        else:
+            faults.append(f"{name} is {_describe(found)}, expected {_describe(wanted)}")
+    return faults
+
+
+def check_merged(config: PretrainedConfig, ignored: list[str], headers: dict[str, Header]) -> Check:
+    """Layers a server merges are of one scheme, and those that must stay unquantised do."""
+    stored = {name.rpartition(".")[0] for name in headers if name.endswith(".weight_scale")}
+    faults = split_groups(stored, set(ignored))
+    faults += [
+        f"{name} is quantised, but {reason}" for name in sorted(stored) if (reason := kept_because(name, config))
+    ]
+    return Check("servable", not faults, _few(faults) if faults else "merged layers are of one scheme")
+
+
+def check_names(config: PretrainedConfig, headers: dict[str, Header]) -> Check:
+    """Every tensor name is one that vLLM's loader of this architecture maps."""
+    patterns = VLLM_NAMES.get(architecture(config))
+    if patterns is None:
+        return Check("names", True, f"no rule for vLLM's {architecture(config)}; transformers' names hold")
+    allowed = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    strange = [name for name in headers if not allowed.fullmatch(name)]
+    return Check("names", not strange, _few(strange) if strange else "every name maps to vLLM's loader")
+
+
+def check_digests(name: str, wanted: dict[str, str], found: dict[str, str]) -> Check:
+    """Every wanted tensor is found with the same sha256."""
+    differing = [key for key in wanted if wanted[key] != found.get(key)]
+    detail = f"{_few(differing)} differs from the in-memory model" if differing else f"{len(wanted)} tensors identical"
+    return Check(name, not differing, detail)
+
+
+def run_checks(folder: Path, probe: Probe | None) -> Iterator[Check]:
+    """Load the folder with transformers, compare weights and logits bit for bit with the probe's, generate a sample."""
+    model, info = load_with_info(folder)
+    faults = [f"{kind}: {_few(sorted(map(str, found)))}" for kind, found in sorted(info.items()) if found]
+    yield Check("reload", not faults, "; ".join(faults) if faults else "nothing missing, unexpected or mismatched")
+    if probe is not None:
+        yield check_digests("weights", probe.weights, digest_weights(model))
+    wanted = probe if probe is not None else take_probe(model, {})
+    with torch.inference_mode():
+        logits_BTV = model(input_ids=wanted.input_BT).logits
+    if not torch.isfinite(logits_BTV).all():
+        yield Check("logits", False, "NaN or Inf")
+        return
+    if probe is not None:
+        apart = (logits_BTV.float() - probe.logits_BTV.float()).abs().max().item()
+        same = torch.equal(logits_BTV, probe.logits_BTV)
+        yield Check("logits", same, "bit-equal to the in-memory model" if same else f"differ by up to {apart:.3g}")
+    yield _check_sample(model, wanted)
+
+
+def _check_sample(model: PreTrainedModel, probe: Probe) -> Check:
+    with torch.inference_mode():
+        prompt = probe.input_BT[:1, :8]
+        tokens = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=0)
+    sample = tokens[0, prompt.shape[1] :].tolist()
+    vocabulary = model.config.get_text_config().vocab_size
+    sound = 0 < len(sample) <= SAMPLE_TOKENS and all(0 <= token < vocabulary for token in sample)
+    return Check("generation", sound, f"greedy tokens {sample}")
+
+
+def stored_headers(folder: Path) -> dict[str, Header]:
+    """dtype and shape of every tensor in a folder."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in StoredTensors(folder).items()}
+
+
+def digest_stored(folder: Path) -> dict[str, str]:
+    """sha256 of every tensor in a folder, as stored."""
+    return {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in StoredTensors(folder).items()}
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 of the safetensors files and of config.json."""
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return {path.name: sha256(path) for path in paths}
+
+
+def _describe(header: Header) -> str:
+    return f"{str(header[0]).removeprefix('torch.')} {list(header[1])}"
+
+
+def _few(items: list[str]) -> str:
+    shown = ", ".join(items[:3])
+    return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

@@ -1,0 +1,161 @@
+"""Writes a quantised model as a complete Hugging Face folder, or not at all: temporary folder, gate, rename.
+
+    report = export(quantized, "exports/scout-int4", tokenizer=tokenizer, lineage={"student": "scout", ...})
+
+Deterministic: the same model gives the same bytes in every file but lineage.json, which holds the time.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from herd.run.errors import ConfigError, DataError
+from herd.run.files import disk_faults, fresh_folder, replace_folder, require_space
+from herd.run.lineage import model_card, write_lineage
+from quant.architectures import LLAMA4, architecture
+from quant.gate_process import GateProcess
+from quant.plans import Plan
+from quant.probes import take_probe
+from quant.quantized import QuantizedModel
+from quant.reports import Report
+from quant.shards import SHARD_BYTES, StoredTensors, write_shards
+
+REPORT = "gate.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json",
+)  # fmt: skip
+SIDE_FILES_BYTES = 64 * 10**6  # tokenizer, card and reports, generously
+
+
+def export(
+    quantized: QuantizedModel,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    gate: GateProcess | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Write the folder and return the gate's report, which is also its gate.json.
+
+    tokenizer: saved with the model; a model quantised from a folder takes the folder's tokenizer files without it.
+    lineage: facts for lineage.json and the model card (student, teacher, data_fingerprint, run_id, licence, ...).
+    gate: a process that gates several exports (its imports cost seconds); by default one is started for this export.
+    ConfigError when the folder exists, EnvironmentFault when the disk has no room, DataError when the gate refuses;
+    in all three cases nothing is left at `path`.
+    """
+    final = Path(path).absolute()
+    check_target(final)
+    require_space(final, quantized.plan.bytes_after + SIDE_FILES_BYTES, what=f"the export {final.name}")
+    with GateProcess() if gate is None else nullcontext(gate) as process:
+        temporary = fresh_folder(final.with_name(f".{final.name}.incomplete"))
+        try:
+            with disk_faults(final):
+                report = _write(quantized, temporary, process, tokenizer, lineage or {}, shard_bytes, final.name)
+                replace_folder(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return report
+
+
+def check_target(path: Path) -> None:
+    """ConfigError when something is already there: an export is never overwritten."""
+    if path.exists():
+        raise ConfigError(f"out = {path} exists; remove it or choose another folder")
+
+
+def _write(
+    quantized: QuantizedModel,
+    folder: Path,
+    gate: GateProcess,
+    tokenizer: PreTrainedTokenizerBase | None,
+    lineage: Mapping[str, Any],
+    shard_bytes: int,
+    name: str,
+) -> Report:
+    plan = quantized.plan
+    digests = write_shards(folder, plan.headers(), quantized.tensors, shard_bytes=shard_bytes)
+    _write_configs(quantized, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif quantized.folder is not None:
+        for file in TOKENIZER_FILES:
+            if (quantized.folder / file).is_file():
+                shutil.copyfile(quantized.folder / file, folder / file)
+    # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose bytes
+    # the gate compares with the digests of those that were made.
+    written = quantized if quantized.folder is None else replace(quantized, tensors=StoredTensors(folder))
+    report = gate.inspect(folder, take_probe(written.model, digests))
+    if not report.passed:
+        raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")
+    (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
+    origin = quantized.folder.resolve().name if quantized.folder else architecture(plan.config)
+    facts = {"role": "export", "name": name, "scheme": plan.scheme.label, "base_model": origin} | dict(lineage)
+    write_lineage(folder, **facts)
+    model_card(folder, card_facts(plan, facts))
+    return report
+
+
+def _write_configs(quantized: QuantizedModel, folder: Path) -> None:
+    plan = quantized.plan
+    content = _public(plan.config.to_dict()) | {
+        "dtype": "bfloat16",
+        "quantization_config": plan.scheme.section(list(plan.ignored)),
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    generation = _public(quantized.generation)
+    if architecture(plan.config) in LLAMA4:
+        # vLLM takes this switch from here, and without it from the context length; transformers from config.json.
+        tuning = plan.config.get_text_config().attn_temperature_tuning
+        generation["attn_temperature_tuning"] = bool(tuning)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1, sort_keys=True) + "\n")
+
+
+def _public(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a loader noted for itself, the path it read from for one."""
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card says about an export: the facts given, sizes, and why some layers are not quantised."""
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in plan.ignored.items():
+        reasons.setdefault(reason, []).append(layer)
+    kept = "\n".join(f"- `{family(layers)}`: {reason}." for reason, layers in reasons.items())
+    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{_LIMITS[plan.scheme.name]}"
+    sizes = {
+        "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
+        "bits per weight, everything counted": round(plan.bits_per_weight, 4),
+        "tensor bytes before": plan.bytes_before,
+        "tensor bytes after": plan.bytes_after,
+        "quantised share of weights": round(plan.quantised_weights / plan.all_weights, 4),
+    }
+    known = {"architecture": architecture(plan.config), "parameters": plan.all_weights, "limits": limits}
+    return known | dict(facts) | {"metrics": sizes | dict(facts.get("metrics") or {})}
+
+
+_LIMITS = {
+    "int4": "Weights are rounded to nearest with a searched scale per group; no calibration data was used. Scales may "
+    "be negative, which the format allows: a value is code times scale.",
+    "fp8": "Activations are rounded per token at run time. transformers with compressed-tensors 0.20 rounds a matrix "
+    "of tokens, as in MoE layers, with one scale for all of them; `quant.load` gives every token its own, as servers "
+    "do.",
+}
+
+
+def family(layers: list[str]) -> str:
+    """`*.self_attn.q_proj` for the q_proj of every layer, `*.experts.*.up_proj` for every expert's."""
+    if len(layers) == 1:
+        return layers[0]
+    patterns = {re.sub(r"\.\d+\.", ".*.", re.sub(r"^.*\.layers\.\d+\.", "*.", layer)) for layer in layers}
+    return ", ".join(sorted(patterns))

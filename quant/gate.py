@@ -1,0 +1,107 @@
+"""The export gate: opens a finished folder as a stranger would and refuses it unless everything about it holds.
+
+    python -m quant.gate exports/scout-int4 [--json]
+
+`quant.export` runs it in a fresh process, with a probe of what the in-memory model computes.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from herd.run.errors import DATA, DONE, HerdError
+from quant.reports import Check, Report
+
+if TYPE_CHECKING:
+    from quant.probes import Probe
+
+
+def inspect(folder: Path, probe: "Probe | None" = None) -> Report:
+    """Check a folder in this process; without a probe, all but the comparison with the in-memory model."""
+    from quant.checks import digest_files
+
+    checks: list[Check] = []
+    facts: dict[str, Any] = {}
+    try:
+        for check in _inspect(folder, probe, facts):
+            checks.append(check)
+    except HerdError as error:
+        checks.append(Check("readable", False, str(error)))
+    return Report(checks, facts, digest_files(folder))
+
+
+def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iterator[Check]:
+    """Cheapest first; a folder whose layout is wrong is not loaded."""
+    from quant import checks
+    from quant.sources import read_config
+
+    config = read_config(folder)
+    configuration, scheme, ignored = checks.check_configuration(config)
+    yield configuration
+    if scheme is None:
+        return
+    headers = checks.stored_headers(folder)
+    layout = [
+        checks.check_tensors(config, scheme, ignored, headers, facts),
+        checks.check_merged(config, ignored, headers),
+        checks.check_names(config, headers),
+    ]
+    if probe is not None:
+        layout.append(checks.check_digests("stored bytes", probe.stored, checks.digest_stored(folder)))
+    yield from layout
+    if all(check.passed for check in layout):
+        yield from checks.run_checks(folder, probe)
+
+
+def serve(threads: int) -> None:
+    """Answer requests, one JSON object a line: {"folder", "probe"} in, a report out. The client is `gate_process`."""
+    from quant.probes import Probe
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    _prepare(threads)
+    for line in sys.stdin:
+        request = json.loads(line)
+        report = inspect(Path(request["folder"]), Probe.open(Path(request["probe"])))
+        print(json.dumps(report.to_json()), file=answers, flush=True)
+
+
+def _prepare(threads: int) -> None:
+    """Do the slow imports at once (the client still quantises), and silence what is not a finding."""
+    import torch
+    import transformers
+
+    import quant.checks  # noqa: F401
+
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check one folder (or serve `quant.export`); 0 when it passes, 4 when it does not."""
+    parser = argparse.ArgumentParser(prog="python -m quant.gate", description="Check an exported model folder.")
+    parser.add_argument("folder", nargs="?", help="exported folder")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the checks that run the model (default 1)")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
+        serve(options.threads)
+        return DONE
+    if options.folder is None:
+        parser.error("a folder is needed")
+    _prepare(options.threads)
+    with contextlib.redirect_stdout(sys.stderr):
+        report = inspect(Path(options.folder))
+    print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text())
+    return DONE if report.passed else DATA
+
+
+if __name__ == "__main__":
+    sys.exit(main())

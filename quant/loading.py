@@ -1,0 +1,99 @@
+"""Opens an exported folder as a transformers model that is ready to run.
+
+    model = load("exports/scout-int4")          # weights unpacked to bf16, fp8 activations rounded per token
+    model.generate(...)
+
+T tokens, H hidden size, E experts.
+"""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.quantizers.base import SequentialLlama4TextExperts
+
+from herd.run.errors import DataError
+from quant.architectures import model_class
+from quant.sources import first_line, read_config
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """The compressed model in a folder, in eval mode on the CPU; DataError when it is not one or cannot be read.
+
+    Experts are dispatched sparsely: each sees only its own tokens, where transformers' own form runs all of them on
+    all tokens.
+    """
+    model, _ = load_with_info(Path(path))
+    return route_experts(model)
+
+
+def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as transformers' own loader reads it, and that loader's report (missing_keys, unexpected_keys, ...).
+
+    Only two things are added to what `from_pretrained` gives: the weights are unpacked now instead of at the first
+    forward, and `keep_tokens_apart`.
+    """
+    config = read_config(folder)
+    if not config.to_dict().get("quantization_config"):
+        raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
+    try:
+        # The libraries draw progress bars on stderr.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, info = model_class(config).from_pretrained(
+                folder, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, trust_remote_code=False
+            )
+            model.hf_quantizer.compressor.decompress_model(model)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    return keep_tokens_apart(model).eval().requires_grad_(False), info
+
+
+def keep_tokens_apart(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every token its own activation scale in layers that see a matrix of tokens [T, H], in place.
+
+    compressed-tensors (0.20) takes the first two dimensions as batch and token; for a matrix, which is what Llama 4's
+    MoE layers are given, it falls back to one scale for the whole matrix, so that a token's result depends on its
+    neighbours. Adding a batch dimension on the way in restores the scheme the folder declares.
+    """
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.input_activations is not None:
+            module.register_forward_pre_hook(_add_batch)
+            module.register_forward_hook(_drop_batch)
+    return model
+
+
+def route_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Run each expert of a quantised Llama 4 on the tokens routed to it only, in place; other models are unchanged."""
+    for module in model.modules():
+        if isinstance(module, Llama4TextMoe) and isinstance(module.experts, SequentialLlama4TextExperts):
+            module.forward = MethodType(_routed_forward, module)
+    return model
+
+
+def _routed_forward(self: Llama4TextMoe, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' Llama4TextMoe.forward without the rows of zeros: (output [T, H], router logits [T, E])."""
+    hidden_TH = hidden_states.reshape(-1, self.hidden_dim)
+    scores_TE, logits_TE = self.router(hidden_TH)
+    out_TH = self.shared_expert(hidden_TH)
+    for expert, scores_T in zip(self.experts, scores_TE.unbind(1), strict=True):
+        rows = scores_T.nonzero().squeeze(1)
+        if len(rows):
+            out_TH.index_add_(0, rows, expert(hidden_TH[rows] * scores_T[rows, None]))
+    return out_TH, logits_TE
+
+
+def _add_batch(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    module.lacked_batch = inputs[0].ndim == 2
+    return (inputs[0][None] if module.lacked_batch else inputs[0], *inputs[1:])
+
+
+def _drop_batch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output[0] if module.lacked_batch else output

@@ -1,0 +1,208 @@
+"""What a compression will write: each layer that is quantised, each tensor that is kept, and why.
+
+plan = make_plan(source, Scheme.named("int4"), ignore=["*.mlp.down_proj"])
+plan.headers()                     # name -> (dtype, shape) of every tensor of the export, in writing order
+plan.read_layer(source, layer)     # the finite [N, K] weight of one layer
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from herd.run.errors import ConfigError, DataError, NumericalError
+from quant.architectures import (
+    EXPERT_BANK,
+    SUPPORTED,
+    architecture,
+    build_skeleton,
+    check_layout,
+    kept_because,
+    split_groups,
+)
+from quant.schemes import Header, Scheme
+from quant.sources import Source
+
+USER = "asked for with --ignore"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that is quantised: where its weight is in the source, and its [N, K]."""
+
+    name: str
+    source: str
+    shape: tuple[int, int]
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    scheme: Scheme
+    config: PretrainedConfig
+    layers: tuple[Layer, ...]
+    kept: dict[str, Header]
+    """Tensors copied, floating ones as bf16."""
+    ignored: dict[str, str]
+    """Linear layers left alone, with the reason."""
+    bytes_before: int
+    order: tuple[str, ...] = field(repr=False)
+    """Names of layers and kept tensors, in the order of the model."""
+
+    def headers(self) -> dict[str, Header]:
+        """dtype and shape of every tensor of the export, in writing order."""
+        layers = {layer.name: layer for layer in self.layers}
+        headers: dict[str, Header] = {}
+        for name in self.order:
+            if name in layers:
+                stored = self.scheme.stored(layers[name].shape)
+                headers |= {f"{name}.{suffix}": header for suffix, header in stored.items()}
+            else:
+                headers[name] = self.kept[name]
+        return headers
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors of the export."""
+        return sum(header_bytes(header) for header in self.headers().values())
+
+    @property
+    def quantised_weights(self) -> int:
+        return sum(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def all_weights(self) -> int:
+        return self.quantised_weights + sum(prod(shape) for _, shape in self.kept.values())
+
+    @property
+    def bits_per_quantised_weight(self) -> float:
+        """Codes and scales (not the few bytes that repeat the shape) per weight that is quantised."""
+        stored = [header for layer in self.layers for header in self.scheme.stored(layer.shape).values()]
+        return 8 * sum(header_bytes(h) for h in stored if h[0] != torch.int64) / self.quantised_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the whole model, kept tensors included."""
+        return 8 * self.bytes_after / self.all_weights
+
+    def read_layer(self, source: Source, layer: Layer) -> Tensor:
+        """The finite weight [N, K] of a layer; NumericalError naming it when it holds NaN or Inf."""
+        tensor = source.read(layer.source, expert=layer.expert)
+        if layer.expert is not None:
+            if layer.name.endswith(".gate_proj"):
+                tensor = tensor[:, : tensor.shape[1] // 2]
+            elif layer.name.endswith(".up_proj"):
+                tensor = tensor[:, tensor.shape[1] // 2 :]
+            tensor = tensor.T.contiguous()
+        return finite(tensor, layer.name, source.place)
+
+    def read_kept(self, source: Source, name: str) -> Tensor:
+        """A copied tensor, floating ones as finite bf16."""
+        tensor = finite(source.read(name), name, source.place)
+        return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def make_plan(source: Source, scheme: Scheme, *, ignore: Sequence[str] = ()) -> Plan:
+    """Decide every layer of the source. Patterns are globs over layer names, or regular expressions after `re:`."""
+    fused = build_skeleton(source.config, fused=True)
+    check_layout(fused)
+    _check_tensors(source, fused)
+    skeleton = build_skeleton(source.config)
+    linears = {name: tuple(m.weight.shape) for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    ignored = _ignored(linears, source.config, ignore)
+    layers = tuple(_layer(name, shape, source) for name, shape in linears.items() if name not in ignored)
+    if not layers:
+        raise ConfigError(f"{source.place}: no layer is left to quantise; drop an --ignore pattern")
+    split = split_groups({layer.name for layer in layers}, set(ignored))
+    if split:
+        raise ConfigError(f"ignore = {list(ignore)} splits layers that servers merge ({split[0]}); ignore all of them")
+    for layer in layers:
+        scheme.check(layer.name, layer.shape)
+    kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
+    before = sum(header_bytes(source.headers[name]) for name in {layer.source for layer in layers} | set(kept))
+    return Plan(scheme, source.config, layers, kept, ignored, before, order)
+
+
+def finite(tensor: Tensor, name: str, place: str) -> Tensor:
+    """The tensor itself; NumericalError naming it when it holds NaN or Inf."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        share = f"{bad} of {tensor.numel()} values are NaN or Inf"
+        raise NumericalError(f"{name}: {share} in {place}; go back to a checkpoint without")
+    return tensor
+
+
+def header_bytes(header: Header) -> int:
+    """Bytes a tensor takes on disk."""
+    dtype, shape = header
+    return prod(shape) * torch.empty(0, dtype=dtype).element_size()
+
+
+def _check_tensors(source: Source, fused: nn.Module) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in fused.state_dict().items()}
+    tied = tied_names(fused)
+    for name in sorted(expected.keys() - source.headers.keys() - tied):
+        raise DataError(f"{source.place}: tensor {name} is missing; {architecture(source.config)} has one")
+    for name in sorted(source.headers.keys() - expected.keys()):
+        raise DataError(f"{source.place}: tensor {name} does not belong to {architecture(source.config)}; "
+                        f"supported: {SUPPORTED}")  # fmt: skip
+    for name, shape in expected.items():
+        if name in source.headers and source.headers[name][1] != shape:
+            raise DataError(f"{source.place}: {name} has shape {source.headers[name][1]}, config.json says {shape}")
+        if name in source.headers and source.headers[name][0] is None:
+            raise DataError(f"{source.place}: {name} is stored in a dtype that is not plain floating point")
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Tensors that are another one under a second name, and so are not stored."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return set(model.all_tied_weights_keys)
+
+
+def _ignored(linears: dict[str, tuple], config: PretrainedConfig, patterns: Sequence[str]) -> dict[str, str]:
+    ignored = {name: reason for name in linears if (reason := kept_because(name, config))}
+    for pattern in patterns:
+        matched = [name for name in linears if matches(pattern, name)]
+        if not matched:
+            raise ConfigError(f"ignore = {pattern!r} matches no linear layer; one of them is {next(iter(linears))!r}")
+        ignored |= {name: USER for name in matched if name not in ignored}
+    return {name: ignored[name] for name in linears if name in ignored}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """A glob over the whole name, or a regular expression from its start after `re:`."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _layer(name: str, shape: tuple[int, int], source: Source) -> Layer:
+    bank = EXPERT_BANK.match(name)
+    if f"{name}.weight" in source.headers or not bank:
+        return Layer(name, f"{name}.weight", shape)
+    expert, part = name.removeprefix(bank["bank"] + ".").split(".")
+    fused = "down_proj" if part == "down_proj" else "gate_up_proj"
+    return Layer(name, f"{bank['bank']}.{fused}", shape, int(expert))
+
+
+def _kept(
+    skeleton: nn.Module, source: Source, quantised: set[str], ignored: set[str]
+) -> tuple[dict[str, Header], tuple[str, ...]]:
+    """Copied tensors with their headers, and the order of everything that is written."""
+    tied = tied_names(skeleton)
+    kept: dict[str, Header] = {}
+    order: list[str] = []
+    for name, tensor in skeleton.state_dict().items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in quantised:
+            order.append(module)
+        elif name not in tied:
+            kept[name] = (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+            order.append(name)
+    return kept, tuple(order)

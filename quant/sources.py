@@ -1,0 +1,149 @@
+"""Where unquantised tensors come from: a model in memory, or a folder of safetensors read tensor by tensor.
+
+with open_source(model_or_folder) as source:
+    source.config                        # transformers configuration
+    source.headers["lm_head.weight"]     # (dtype, shape), nothing read yet
+    source.read("lm_head.weight")        # the tensor; read("...gate_up_proj", expert=3) one slice of it
+"""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from herd.run.errors import DataError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+class ModelSource:
+    """The parameters and buffers of a transformers model in memory."""
+
+    def __init__(self, model: PreTrainedModel):
+        # From its dictionary, without what a running model adds to it (attention implementation, tracing state).
+        self.config = type(model.config).from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]})
+        self.generation = model.generation_config.to_diff_dict() if model.generation_config else {}
+        self.place = "the model"
+        self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.headers = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, *, expert: int | None = None) -> Tensor:
+        """The tensor, or one expert's slice of a fused one, on the CPU."""
+        tensor = self._tensors[name]
+        return (tensor if expert is None else tensor[expert]).cpu()
+
+    def __enter__(self) -> "ModelSource":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+
+class FolderSource:
+    """The safetensors of a Hugging Face folder, sharded in any way; only what is asked for is read."""
+
+    def __init__(self, folder: Path):
+        self.config = read_config(folder)
+        self.generation = _read_generation(folder / "generation_config.json")
+        self.place = str(folder)
+        self._stack = ExitStack()
+        self._files: dict[str, safe_open] = {}
+        self.headers: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+        with ExitStack() as opening:
+            for path in shard_paths(folder):
+                self._open(opening, path)
+            self._stack = opening.pop_all()
+
+    def _open(self, stack: ExitStack, path: Path) -> None:
+        file = stack.enter_context(open_safetensors(path))
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            piece = file.get_slice(name)
+            self.headers[name] = (_DTYPES.get(piece.get_dtype()), tuple(piece.get_shape()))
+            self._files[name] = file
+
+    def read(self, name: str, *, expert: int | None = None) -> Tensor:
+        """The tensor, or one expert's slice of a fused one."""
+        file = self._files[name]
+        return file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+
+    def __enter__(self) -> "FolderSource":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+
+Source = ModelSource | FolderSource
+
+
+def open_source(model: PreTrainedModel | str | Path) -> Source:
+    """A source of unquantised tensors; DataError when it is quantised already or its files are broken."""
+    source = ModelSource(model) if isinstance(model, PreTrainedModel) else FolderSource(Path(model))
+    existing = source.config.to_dict().get("quantization_config")
+    if existing:
+        method = existing.get("quant_method", "unknown")
+        raise DataError(f"{source.place}: already quantised (quant_method {method}); start from the unquantised model")
+    return source
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The transformers configuration of a folder; DataError when there is none or it cannot be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; --model takes a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in name order; DataError naming the one that is missing or broken."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors are read")
+        return [folder / SINGLE]
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{index} cannot be read: {first_line(error)}") from error
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is missing ({INDEX} lists it); copy the shard again")
+        with open_safetensors(path) as file:
+            listed = {name for name, shard in weight_map.items() if shard == path.name}
+            absent = sorted(listed - set(file.keys()))
+        if absent:
+            raise DataError(f"{path} lacks {absent[0]}, which {INDEX} says it holds; copy the shard again")
+    return paths
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """An open safetensors file; DataError naming it when it is cut short or is something else."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is truncated or not safetensors ({first_line(error)}); copy it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for one-line messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

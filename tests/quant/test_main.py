@@ -1,0 +1,94 @@
+"""`python -m quant`: plans, exports, tracks, and answers mistakes with one line and the right exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quant.__main__ import main
+from quant.shards import StoredTensors
+
+
+def command(folders: dict, tmp_path: Path, *more: str, model: str = "maverick", scheme: str = "int4") -> list[str]:
+    base = ["--model", str(folders[model]), "--scheme", scheme, "--out", str(tmp_path / "out"), "--no-tracking"]
+    return [*base, *more]
+
+
+def test_help_and_usage_errors_come_before_torch():
+    code = """
+import sys
+from quant.__main__ import main
+for arguments in (["--help"], ["--scheme", "int3"]):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        print(stop.code)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("usage: python -m quant")
+    assert done.stdout.splitlines()[-1] == "2"
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(folders, tmp_path, capsys):
+    assert main(command(folders, tmp_path, "--group-size", "32", "--dry-run")) == 0
+    text = capsys.readouterr().out
+    assert "8 x 64 x 64  *.feed_forward.experts.*.gate_proj" in text.replace("     ", " ") or "experts.*" in text
+    assert "4.500 per quantised weight" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
+    assert main(command(folders, tmp_path, "--group-size", "32", "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert main(command(folders, tmp_path, "--group-size", "32", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {key: result[key] for key in plan} == plan
+    assert result["gate"]["passed"]
+    assert result["gate"]["facts"]["quantised_layers"] == len(plan["quantised"])
+    stored = StoredTensors(tmp_path / "out")
+    assert sum(tensor.nbytes for tensor in stored.values()) == plan["bytes_after"]
+    lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert (lineage["role"], lineage["student"], lineage["scheme"]) == ("export", "maverick", "int4-g32")
+
+
+@pytest.mark.parametrize(
+    "more, code, line",
+    [
+        (["--group-size", "48"], 2, "group_size = 48"),
+        (["--group-size", "128"], 2, "group_size 128; use group_size 32 or 64"),
+        (["--ignore", "nothing"], 2, "matches no linear layer"),
+        (["--model", "missing"], 4, "config.json does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(folders, tmp_path, capsys, more, code, line):
+    assert main([*command(folders, tmp_path), *more]) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert line in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_refused_before_any_work(folders, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(command(folders, tmp_path)) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_the_command_is_an_mlflow_run_with_the_model_and_its_lineage(folders, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    arguments = [a for a in command(folders, tmp_path, "--experiment", "presses", scheme="fp8") if a != "--no-tracking"]
+    assert main(arguments) == 0
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("presses")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["scheme"] == "fp8"
+    assert run.data.metrics["export/bytes_after"] == sum(t.nbytes for t in StoredTensors(tmp_path / "out").values())
+    version = client.get_model_version_by_alias("out", "fp8")
+    assert version.tags["student"] == "maverick"

@@ -1,0 +1,203 @@
+"""Plans: what is quantised and kept, and every bad input refused with its name."""
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import quant
+from herd.run.errors import ConfigError, DataError, NumericalError
+from quant.plans import make_plan
+from quant.schemes import Scheme
+from quant.sources import open_source
+from tests.quant.tiny_models import build_llama, build_llama4
+
+
+def plan_of(model, scheme: str = "int4", group_size: int = 32, ignore: tuple[str, ...] = ()):
+    return make_plan(open_source(model), Scheme.named(scheme, group_size), ignore=ignore)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def edit(folder: Path, change) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_llama4_experts_and_mlps_are_quantised_and_attention_routers_and_head_are_not(models):
+    plan = plan_of(models["maverick"])
+    quantised = {layer.name for layer in plan.layers}
+    for layer, moe in enumerate((False, True, False, True)):
+        prefix = f"model.layers.{layer}."
+        banks = [f"experts.{e}." for e in range(4)] + ["shared_expert."] if moe else [""]
+        wanted = {f"{prefix}feed_forward.{b}{p}_proj" for b in banks for p in ("gate", "up", "down")}
+        kept = {f"{prefix}self_attn.{p}_proj" for p in "qkvo"} | ({f"{prefix}feed_forward.router"} if moe else set())
+        assert {name for name in quantised if name.startswith(prefix)} == wanted
+        assert {name for name in plan.ignored if name.startswith(prefix)} == kept
+    assert "lm_head" in plan.ignored
+
+
+def test_a_dense_model_keeps_only_its_head(models):
+    plan = plan_of(models["llama"])
+    assert list(plan.ignored) == ["lm_head"]
+    assert len(plan.layers) == 2 * 7
+
+
+def test_sizes_are_those_of_the_format(models):
+    plan = plan_of(models["llama"], group_size=32)
+    weights = sum(p.numel() for name, p in models["llama"].named_parameters() if "_proj" in name)
+    assert plan.quantised_weights == weights
+    assert plan.bits_per_quantised_weight == 4 + 16 / 32
+    assert plan.bytes_before == 2 * plan.all_weights == sum(p.nbytes for p in models["llama"].parameters())
+    kept = sum(2 * prod(shape) for _, shape in plan.kept.values())
+    assert plan.bytes_after == kept + weights * 4.5 / 8 + 16 * len(plan.layers)
+
+
+def test_ignored_layers_come_from_globs_and_expressions(models):
+    plan = plan_of(models["llama"], ignore=("*.mlp.down_proj", r"re:model\.layers\.0\.self_attn\..*"))
+    assert set(plan.ignored) == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} | {
+        f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"
+    }
+
+
+def test_an_ignore_pattern_that_matches_nothing_is_refused(models):
+    with pytest.raises(ConfigError, match="'nothing' matches no linear layer"):
+        plan_of(models["llama"], ignore=("nothing",))
+
+
+@pytest.mark.parametrize(
+    "model, pattern, merged",
+    [
+        ("llama", "*.q_proj", r"self_attn\.\{q_proj,k_proj,v_proj\}"),
+        ("llama", "*.up_proj", r"mlp\.\{gate_proj,up_proj\}"),
+        ("scout", "*.experts.2.*", r"experts \(all experts of a layer\)"),
+    ],
+)
+def test_splitting_layers_that_servers_merge_is_refused(models, model, pattern, merged):
+    with pytest.raises(ConfigError, match=merged):
+        plan_of(models[model], ignore=(pattern,))
+
+
+def test_ignoring_everything_is_refused(models):
+    with pytest.raises(ConfigError, match="no layer is left"):
+        plan_of(models["llama"], ignore=("*",))
+
+
+def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allowed():
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32"
+    ):
+        plan_of(build_llama(), group_size=64)
+    with pytest.raises(ConfigError, match=r"--ignore 'model\.layers\.0\.mlp\.down_proj' or use fp8"):
+        plan_of(build_llama(intermediate_size=72))
+
+
+@pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, fp8")])
+def test_unknown_schemes_and_group_sizes_are_refused(models, scheme, size, message):
+    with pytest.raises(ConfigError, match=message):
+        quant.quantize(models["llama"], scheme=scheme, group_size=size)
+
+
+def test_nan_in_one_expert_is_named():
+    model = build_llama4(moe_every=1)
+    model.model.layers[2].feed_forward.experts.gate_up_proj.data[3, 5, 70] = torch.nan
+    with pytest.raises(NumericalError, match=r"layers\.2\.feed_forward\.experts\.3\.up_proj: 1 of 4096"):
+        quant.quantize(model, scheme="int4", group_size=32)
+
+
+def test_inf_in_a_kept_tensor_is_named():
+    model = build_llama()
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight: 1 of 64"):
+        quant.quantize(model, scheme="fp8")
+
+
+def test_fused_experts_of_an_unknown_layout_are_refused():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"experts\.\w+_proj: fused experts"):
+        quant.quantize(MixtralForCausalLM(config), scheme="int4", group_size=32)
+
+
+def test_a_quantised_folder_is_refused(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="already quantised"):
+        quant.quantize(folder, scheme="int4")
+
+
+def test_a_missing_folder_and_a_missing_config_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"config\.json does not exist"):
+        quant.quantize(tmp_path / "nowhere", scheme="int4")
+
+
+def test_an_unknown_architecture_is_named(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["StrangeForCausalLM"]}))
+    with pytest.raises(DataError, match=r"StrangeForCausalLM.*supported"):
+        quant.quantize(folder, scheme="int4")
+
+
+def test_a_folder_without_safetensors_is_refused(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"neither model\.safetensors nor"):
+        quant.quantize(folder, scheme="int4")
+
+
+def test_a_truncated_file_is_named(folders, tmp_path):
+    path = copy(folders["llama"], tmp_path / "model") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"model\.safetensors is truncated"):
+        quant.quantize(path.parent, scheme="int4")
+
+
+def test_a_missing_shard_is_named(models, tmp_path):
+    models["llama"].save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(DataError, match=f"{shard.name} is missing"):
+        quant.quantize(tmp_path / "model", scheme="int4")
+
+
+def test_a_shard_that_lacks_a_listed_tensor_is_named(models, tmp_path):
+    models["llama"].save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(DataError, match=f"{shard.name} lacks {name}"):
+        quant.quantize(tmp_path / "model", scheme="int4")
+
+
+def test_missing_strange_and_misshapen_tensors_are_named(folders, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    lacking = edit(copy(folders["llama"], tmp_path / "lacking"), lambda tensors: tensors.pop(name))
+    with pytest.raises(DataError, match=f"{name} is missing"):
+        quant.quantize(lacking, scheme="int4")
+    strange = edit(copy(folders["llama"], tmp_path / "strange"), lambda t: t.update(extra=torch.zeros(2)))
+    with pytest.raises(DataError, match="extra does not belong"):
+        quant.quantize(strange, scheme="int4")
+    cut = edit(copy(folders["llama"], tmp_path / "cut"), lambda t: t.update({name: t[name][:50].clone()}))
+    with pytest.raises(DataError, match=rf"{name} has shape \(50, 64\)"):
+        quant.quantize(cut, scheme="int4")
