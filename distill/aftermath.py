@@ -56,7 +56,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     entries = evaluate_all(config, run_folder, exports)
     for entry in entries:
         register(entry, config, tracker)
-    page = report.write_report(run_folder)
+    page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
     tracker.artifact(run_folder / "evals.json")

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.run.cli import main_guard
+from herd.run import cli
 from herd.run.errors import ConfigError
 from herd.run.schema import Data, Run, Tracking
 
@@ -17,38 +18,39 @@ if TYPE_CHECKING:
     from evals.rows import Rows
 
 _DESCRIPTION = (
-    "Evaluate a model folder on held-out text: loss, bits per byte, divergence from a reference, size, memory, speed. "
-    "Every number is explained in docs/evaluation.md."
+    "Evaluate a model folder on held-out text: loss, bits per byte, divergence from a reference, size, memory,\n"
+    "speed. docs/evaluation.md says what every number means."
 )
-_EXAMPLES = """examples:
-  python -m evals --model runs/nano/students/scout --against runs/nano/teacher
-  python -m evals --model runs/nano/exports/scout-int4 --against runs/nano/students/scout --json
-"""
+_EXAMPLES = (
+    "python -m evals --model runs/nano/students/scout --against runs/nano/teacher",
+    "python -m evals --model runs/nano/exports/scout-int4 --against runs/nano/students/scout --json",
+)
 
 
-def main() -> int:
-    """Parse the command line, evaluate, track the evaluation in MLflow, print it."""
-    arguments = _parser().parse_args()
-    settings = _check(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, evaluate, track the evaluation in MLflow, print it; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    return cli.main_guard(lambda: _command(arguments))
+
+
+def _command(arguments: argparse.Namespace) -> None:
+    data = _check(arguments)
+    if arguments.dry_run:
+        print(json.dumps(_plan(arguments, data), indent=2))
+        return
     # Libraries print to stdout as they please; ours carries the result only.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _run(arguments, settings)
+        result = _run(arguments, data)
     if arguments.json:
         print(json.dumps(result.entry(), indent=2))
     else:
         from evals.result import table
 
         print(table([result]))
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evals",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> cli.Parser:
+    parser = cli.parser("evals", description=_DESCRIPTION, examples=_EXAMPLES, config=False)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="model folder, plain or quantised")
     add("--against", type=Path, metavar="DIR", help="reference for KL, top-1 agreement and loss difference")
@@ -61,8 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", help="where to run, such as cuda (default: cpu)")
     add("--json", action="store_true", help="print JSON, and nothing else, on stdout")
-    add("--out", type=Path, metavar="FILE", help="evals.json to add the result to (default: runs/evaluations/...)")
+    add("--out", type=Path, metavar="FILE", help="evals.json to add the result to (it is in runs/evaluations/ as well)")
+    add("--dry-run", action="store_true", help="print what would be evaluated on what, stop")
+    add("--experiment", default=Tracking().experiment, metavar="NAME", help="MLflow experiment (herd)")
+    add("--no-tracking", action="store_true", help="do not track this command in MLflow")
     return parser
+
+
+def _plan(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
+    options = ("model", "against", "rows", "micro_rows", "decode_tokens", "device")
+    chosen = {name: getattr(arguments, name) for name in options}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()} | {
+        "tokens": arguments.rows * data.sequence_length,
+        "data": data.model_dump(mode="json"),
+    }
 
 
 def _check(arguments: argparse.Namespace) -> Data:
@@ -82,16 +96,22 @@ def _check(arguments: argparse.Namespace) -> Data:
 
 def _data(arguments: argparse.Namespace) -> Data:
     """The held-out part of what the model was trained on (its lineage says), unless the command line says otherwise."""
+    settings = _trained_on(arguments.model)
+    if arguments.data is not None and arguments.data != settings.source:
+        settings = Data(source=arguments.data, sequence_length=settings.sequence_length)
+    if arguments.sequence_length is not None:
+        settings = settings.model_copy(update={"sequence_length": arguments.sequence_length})
+    return settings
+
+
+def _trained_on(folder: Path) -> Data:
+    """The data section of the run that made the model, or that made what it was exported from; else the defaults."""
     from herd.run.lineage import read_lineage
 
-    recorded = Data.model_validate(read_lineage(arguments.model).get("data_config", {}))
-    changes: dict[str, Any] = {}
-    if arguments.data is not None and arguments.data != recorded.source:
-        recorded = Data(sequence_length=recorded.sequence_length)
-        changes["source"] = arguments.data
-    if arguments.sequence_length is not None:
-        changes["sequence_length"] = arguments.sequence_length
-    return recorded.model_copy(update=changes)
+    lineage = read_lineage(folder)
+    if lineage.get("data_config"):
+        return Data.model_validate(lineage["data_config"])
+    return _trained_on(Path(lineage["source"])) if lineage.get("source") else Data()
 
 
 def _run(arguments: argparse.Namespace, data: Data) -> "Result":
@@ -131,10 +151,11 @@ def _record(arguments: argparse.Namespace, result: "Result", rows: "Rows") -> No
     tags = {"herd.role": "evaluation"}
     if parent := read_lineage(arguments.model).get("run_id"):
         tags["mlflow.parentRunId"] = parent
-    tracker = open_tracker(folder, experiment=Tracking().experiment, run_name=name, tags=tags)
-    tracker.params(
-        {key: getattr(arguments, key) for key in ("model", "against", "rows", "device")} | {"data": rows.source}
+    tracker = open_tracker(
+        folder, experiment=arguments.experiment, run_name=name, tags=tags, enabled=not arguments.no_tracking
     )
+    settings = {key: str(getattr(arguments, key)) for key in ("model", "against", "rows", "device")}
+    tracker.params(settings | {"data": rows.source})
     tracker.dataset("heldout", rows.source, rows.fingerprint, "heldout")
     tracker.metrics(
         {f"eval/{key}": value for key, value in result.entry().items() if isinstance(value, float | int)}, 0
@@ -144,4 +165,4 @@ def _record(arguments: argparse.Namespace, result: "Result", rows: "Rows") -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

@@ -7,47 +7,56 @@
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.run.cli import main_guard
+from herd.run import cli
 
 if TYPE_CHECKING:
     from quant.plans import Plan
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, then plan (`--dry-run`) or export and track; returns the exit code."""
-    options = parse(arguments)
-    return main_guard(lambda: run(options))
+    options = parse(argv)
+    return cli.main_guard(lambda: run(options))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m quant",
-        description="Quantise a Hugging Face model folder (text-only Llama 4 or a dense causal LM) and export it in "
-        "the compressed-tensors format. The export is reloaded by a fresh process and refused unless it computes what "
-        "the quantised model in memory computes.",
+    parser = cli.parser(
+        "quant",
+        description="Quantise a model folder (text-only Llama 4, or a dense causal LM) and export it in the\n"
+        "compressed-tensors format. A fresh process reloads the export and refuses it unless it\n"
+        "computes what the quantised model in memory computes.",
+        examples=(
+            "python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4",
+            "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.mlp.*' --dry-run",
+        ),
+        config=False,
     )
-    parser.add_argument("--model", required=True, type=Path, help="unquantised model folder (safetensors)")
-    parser.add_argument("--scheme", required=True, choices=("int4", "fp8"), help="int4: weights in groups; fp8: E4M3")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
-    parser.add_argument("--group-size", type=int, default=64, help="int4 weights that share a scale: 32, 64 or 128")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="unquantised model folder (safetensors)")
+    add("--scheme", required=True, choices=("int4", "fp8"), help="int4: weights in groups; fp8: E4M3")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
+    add(
+        "--group-size", type=int, default=64, metavar="N", help="int4 weights that share a scale: 32, 64 (default), 128"
+    )
+    add(
         "--ignore", action="append", default=[], metavar="PATTERN",
-        help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; repeatable",
+        help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print what would be quantised, kept and written")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--experiment", default="herd", help="MLflow experiment (default herd)")
-    parser.add_argument("--no-tracking", action="store_true", help="do not track this command in MLflow")
-    return parser.parse_args(arguments)
+    add("--dry-run", action="store_true", help="print what would be quantised, kept and written, stop")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--experiment", default="herd", metavar="NAME", help="MLflow experiment (herd)")
+    add("--no-tracking", action="store_true", help="do not track this command in MLflow")
+    return parser.parse_args(argv)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Do what the options ask; errors a user can mend are raised."""
     import transformers
 
@@ -65,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     result = summary(quantized.plan)
     if options.dry_run:
         print(json.dumps(result, indent=1) if options.json else describe(quantized.plan))
-        return 0
+        return
     with GateProcess() as gate:
         lineage = export_lineage(options, read_lineage(options.model))
         report = export(quantized, options.out, lineage=lineage, gate=gate)
@@ -75,16 +84,16 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         print(f"{describe(quantized.plan)}\n\n{report.to_text()}\n\nwritten: {options.out}")
-    return 0
 
 
 def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
     """Lineage of the export: the source's teacher, data and tokenizer, with the source as its student."""
     inherited = ("teacher", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
     facts = {key: source[key] for key in inherited if source.get(key) is not None}
-    ignores = "".join(f" --ignore '{pattern}'" for pattern in options.ignore)
-    group = f" --group-size {options.group_size}" if options.scheme == "int4" else ""
-    command = f"python -m quant --model {options.model} --scheme {options.scheme}{group}{ignores} --out {options.out}"
+    words = ["--model", str(options.model), "--scheme", options.scheme, "--out", str(options.out)]
+    words += ["--group-size", str(options.group_size)] if options.scheme == "int4" else []
+    words += [word for pattern in options.ignore for word in ("--ignore", pattern)]
+    command = shlex.join(["python", "-m", "quant", *words])
     student = source.get("name") or options.model.resolve().name
     return facts | {"student": student, "base_model": student, "source": str(options.model), "command": command}
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.run.errors import DATA, DONE, HerdError
+from herd.run import cli
+from herd.run.errors import DONE, DataError, HerdError
 from quant.reports import Check, Report
 
 if TYPE_CHECKING:
@@ -83,24 +84,34 @@ def _prepare(threads: int) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Check one folder (or serve `quant.export`); 0 when it passes, 4 when it does not."""
-    parser = argparse.ArgumentParser(prog="python -m quant.gate", description="Check an exported model folder.")
-    parser.add_argument("folder", nargs="?", help="exported folder")
+def main(argv: list[str] | None = None) -> int:
+    """Check one folder (or serve `quant.export`); exit code 0 when it passes, 4 when it does not."""
+    parser = cli.parser(
+        "quant.gate",
+        description="Check an exported model folder: configuration, tensors, names, reload, logits, a sample.",
+        examples=("python -m quant.gate exports/scout-int4",),
+        config=False,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="exported folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--threads", type=int, default=1, help="threads of the checks that run the model (default 1)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if options.serve:
         serve(options.threads)
         return DONE
     if options.folder is None:
         parser.error("a folder is needed")
+    return cli.main_guard(lambda: _answer(options))
+
+
+def _answer(options: argparse.Namespace) -> None:
     _prepare(options.threads)
     with contextlib.redirect_stdout(sys.stderr):
-        report = inspect(Path(options.folder))
+        report = inspect(options.folder)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.to_text())
-    return DONE if report.passed else DATA
+    if not report.passed:
+        raise DataError(f"{options.folder} does not pass: {report.reason}")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ def quantise(weight_NK: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def search_scale(weight_MS: Tensor) -> Tensor:
-    """The scale of each group, fp32 [M] exactly representable in bf16, with the least sum of cubed errors found.
+    """The scale of each group, fp32 [M] exactly representable in bf16, with the least sum of its errors' fourth powers.
 
     Every candidate is rounded to bf16 before its errors are taken, and counts only if its squared error is no larger
-    than that of absmax / 7.5 and of absmax / 8. Cubes, because clipping the largest weights, which squares are content
-    with, costs more KL than it saves (docs/quantisation.md). The winner is refined: for fixed codes q the scale that
-    minimises sum |w - s q|^3 solves a least-squares problem with weights |w - s q|; it is kept where it is better.
+    than that of absmax / 7.5 and of absmax / 8. Fourth powers, because clipping the largest weights, which squares are
+    content with, costs more KL than it saves (docs/quantisation.md). The winner is refined: for fixed codes q the scale
+    that minimises sum (w - s q)^4 solves a least-squares problem with weights (w - s q)^2; kept where it is better.
     """
     # In units of a power of two near the group's largest weight, which rounds alike and cannot overflow.
     absmax_M = weight_MS.abs().amax(-1)
@@ -59,7 +59,7 @@ def search_scale(weight_MS: Tensor) -> Tensor:
             best_M, least_M = _better(weight_MS, best_M, least_M, limit_M, full_M * (sign * shrink))
     for _ in range(REFINEMENTS):
         codes_MS = encode(weight_MS, best_M)
-        weighted_MS = codes_MS * (codes_MS * best_M[:, None] - weight_MS).abs_()
+        weighted_MS = codes_MS * (codes_MS * best_M[:, None] - weight_MS).square_()
         fitted_M = (weighted_MS * weight_MS).sum(-1) / (weighted_MS * codes_MS).sum(-1).clamp_(min=SMALLEST)
         best_M, least_M = _better(weight_MS, best_M, least_M, limit_M, fitted_M)
     return torch.where(absmax_M == 0, 1.0, _storable(best_M * unit_M))
@@ -71,10 +71,9 @@ def encode(weight_MS: Tensor, scale_M: Tensor) -> Tensor:
 
 
 def errors(weight_MS: Tensor, scale_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over each group of |w - s q|^2 and of |w - s q|^3, both [M], when it is rounded with its scale."""
-    apart_MS = encode(weight_MS, scale_M).mul_(scale_M[:, None]).sub_(weight_MS).abs_()
-    square_MS = apart_MS.square()
-    return square_MS.sum(-1), apart_MS.mul_(square_MS).sum(-1)
+    """Sums over each group of (w - s q)^2 and of (w - s q)^4, both [M], when it is rounded with its scale."""
+    square_MS = encode(weight_MS, scale_M).mul_(scale_M[:, None]).sub_(weight_MS).square_()
+    return square_MS.sum(-1), square_MS.square().sum(-1)
 
 
 def dequantise(codes_NK: Tensor, scale_NG: Tensor) -> Tensor:
@@ -104,8 +103,8 @@ def _storable(scale_M: Tensor) -> Tensor:
 def _better(
     weight_MS: Tensor, best_M: Tensor, least_M: Tensor, limit_M: Tensor, candidate_M: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best scale and its cubed error after one more candidate."""
+    """The best scale and its fourth-power error after one more candidate."""
     candidate_M = _storable(candidate_M)
-    square_M, cube_M = errors(weight_MS, candidate_M)
-    wins_M = (cube_M < least_M) & (square_M <= limit_M)
-    return torch.where(wins_M, candidate_M, best_M), torch.where(wins_M, cube_M, least_M)
+    square_M, fourth_M = errors(weight_MS, candidate_M)
+    wins_M = (fourth_M < least_M) & (square_M <= limit_M)
+    return torch.where(wins_M, candidate_M, best_M), torch.where(wins_M, fourth_M, least_M)

@@ -17,16 +17,22 @@ _HOMES = {
     "restore_rope": "model",
     "Counts": "counts",
     "count": "counts",
+    "forward_flops": "counts",
+    "training_flops": "counts",
+    "kv_bytes": "counts",
     "use_sparse_experts": "experts",
     "RouterTap": "balance",
     "ExpertLoad": "balance",
     "balance_loss": "balance",
     "install_preset": "expert_parallel",
-    "experts_divisible": "expert_parallel",
+    "experts_divisible": "plan",
+    "autoep_section": "expert_parallel",
     "full_state_dict": "expert_parallel",
     "Plan": "plan",
     "plan": "plan",
+    "Setup": "plan",
     "state_bytes": "plan",
+    "tokens_per_day": "plan",
 }
 __all__ = list(_HOMES)
 

@@ -150,7 +150,7 @@ def state_bytes(
 ) -> StateBytes:
     """Return the exact bytes of training state a rank holds between backward and step.
 
-    With `accumulation` > 1, ZeRO-1 also keeps whole gradients between micro steps. Expert parallelism of 1 means no
+    With `accumulation` > 1, ZeRO-1 keeps whole gradients until the last micro step. Expert parallelism of 1 means no
     AutoEP. Raises ConfigError if the ranks cannot be grouped so.
     """
     if world_size % expert_parallel:
@@ -163,26 +163,17 @@ def state_bytes(
     pieces = _pieces(config, expert_parallel)
     whole = sum(numel for numel, _ in pieces)
     if zero == 3:
-        partitioned = sum(
-            ceil(numel * (expert_parallel if is_expert else 1) / world_size) for numel, is_expert in pieces
-        )
-        persistent = sum(numel for numel, _ in pieces if numel <= persistence_threshold)
+        shares = [numel * (expert_parallel if is_expert else 1) for numel, is_expert in pieces]
+        partitioned = sum(ceil(share / world_size) for share in shares)
+        weights = partitioned + sum(numel for numel, _ in pieces if numel <= persistence_threshold)
     else:
         experts = sum(numel for numel, is_expert in pieces if is_expert)
         partitioned = ceil((whole - experts) / world_size) + ceil(experts * expert_parallel / world_size)
-    if zero == 3:
-        weights = (partitioned + persistent) * width
-        # In fp32 DeepSpeed's optimiser updates the partitions of the weights themselves.
-        master = 0 if precision == "fp32" else partitioned * _FP32
-    else:
-        weights = whole * width
-        master = partitioned * _FP32
+        weights = whole
     if frozen:
-        return StateBytes(weights, 0, 0, 0)
-    gradients = partitioned * width
-    if zero == 1 and accumulation > 1:
-        gradients += whole * width
-    return StateBytes(weights, gradients, master, 2 * partitioned * _FP32)
+        return StateBytes(weights * width, 0, 0, 0)
+    gradients = whole if zero == 1 and accumulation > 1 else partitioned
+    return StateBytes(weights * width, gradients * width, partitioned * _FP32, 2 * partitioned * _FP32)
 
 
 def tokens_per_day(
@@ -238,7 +229,7 @@ def _largest_layer(config: Llama4TextConfig, expert_parallel: int) -> int:
 
 
 def _saved_bytes_per_token(config: Llama4TextConfig, setup: Setup) -> list[int]:
-    """Return, per decoder layer, the bytes autograd saves for one token with sparse experts and SDPA attention.
+    """Return the bytes autograd saves for one token, per decoder layer and the final norm (sparse experts, SDPA).
 
     Counted from what the operations of transformers' layers save: both norms keep their input in fp32 and their
     result; masked attention keeps its mask row and repeated keys and values; SwiGLU keeps four inner tensors, the
@@ -258,7 +249,7 @@ def _saved_bytes_per_token(config: Llama4TextConfig, setup: Setup) -> list[int]:
             values += 4 * config.intermediate_size_mlp
         exact = 2 * hidden + (queries + keys if config.use_qk_norm and chunked else 0)
         saved.append(values * width + exact * _FP32)
-    return saved
+    return [*saved, hidden * (width + _FP32)]  # the last: the final norm
 
 
 def _short(number: float) -> str:

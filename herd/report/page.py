@@ -89,6 +89,7 @@ def render(record: Record, pictures: dict[str, Picture]) -> str:
     return environment.get_template(TEMPLATE).render(
         record=record,
         finished=finished(record),
+        started=record.facts.get("started"),
         summary=summarise(record),
         headline=_headline(record),
         tables=result_tables(record),

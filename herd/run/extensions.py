@@ -92,11 +92,10 @@ def clear_stale_lock(build_folder: Path, *, patience_s: float = PATIENCE_S) -> N
                 lock.unlink(missing_ok=True)
                 say(f"removed {lock}: the process that was building is gone")
             continue
-        names = ", ".join(map(str, builders))
         if time.monotonic() > deadline:
-            raise EnvironmentFault(f"{lock}: held for {patience_s:g} s by process {names}; end it, then start again")
+            raise EnvironmentFault(f"{lock}: held for {patience_s:g} s by process {builders[0]}; end it, then start again")
         if not told:
-            say(f"waiting for process {names}, which is building DeepSpeed's CPU op in {build_folder}")
+            say(f"waiting for process {builders[0]}, which is building DeepSpeed's CPU op in {build_folder}")
             told = True
         time.sleep(GLANCE_S)
 

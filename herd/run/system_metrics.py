@@ -3,6 +3,8 @@
 sample = Sampler().sample()        # {"system/...": float}; needs mlflow and psutil, and nvidia-ml-py for GPUs
 """
 
+from contextlib import suppress
+
 import psutil
 
 
@@ -17,10 +19,8 @@ class Sampler:
 
         self._process = psutil.Process()
         self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        try:
+        with suppress(ImportError, RuntimeError):  # how it says that there is no NVML or no GPU
             self._monitors.append(GPUMonitor())
-        except (ImportError, RuntimeError):  # how it says that there is no NVML or no GPU
-            pass
 
     def sample(self) -> dict[str, float]:
         """Percentages and megabytes of the machine now, and the resident memory of this process."""

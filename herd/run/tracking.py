@@ -6,7 +6,6 @@ student = tracker.nested("scout", "student"); student.metrics({"loss/ce": 4.2}, 
 python -m herd.run.tracking flush RUN_FOLDER        send what a killed run or an unreachable store left behind
 """
 
-import argparse
 import getpass
 import json
 import os
@@ -22,15 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from herd.run import ranks
-from herd.run.cli import main_guard
-from herd.run.errors import DataError, EnvironmentFault
+from herd.run import cli, config_text, launcher
+from herd.run.errors import EnvironmentFault
 from herd.run.lineage import git_commit, read_lineage
 from herd.run.store import check, resolve_uri, shown
 from herd.run.tracking_journal import Journal
-from herd.run.tracking_record import FILE, Record
+from herd.run.tracking_record import Record
 from herd.run.tracking_sender import Sender, Unreachable
 from herd.run.tracking_worker import Worker
 
@@ -61,7 +57,7 @@ def open_tracker(
     Raises ConfigError for a URI that is no store, EnvironmentFault for a SQLite store of another MLflow, DataError
     for a damaged `mlflow.json`: mistakes to mend before training. Nothing is raised afterwards.
     """
-    if not enabled or not ranks.is_main():
+    if not enabled or not launcher.is_main():
         return Tracker(None, MAIN)
     uri = resolve_uri(uri)
     check(uri)
@@ -73,7 +69,7 @@ def open_tracker(
     if config is not None:
         tracker.params(config)
         plain = json.loads(json.dumps(config, default=str))
-        tracker._put("text", file="config.yaml", text=yaml.safe_dump(plain, sort_keys=False))
+        tracker._put("text", file="config.yaml", text=config_text.write(plain))
     return tracker
 
 
@@ -118,7 +114,8 @@ class Tracker:
     def nested(self, name: str, role: Role, params: Mapping[str, Any] = {}, tags: Mapping[str, str] = {}) -> "Tracker":
         """A child run; the same name and role in the same folder is the same run again."""
         child = Tracker(self._session, f"{role}/{name}")
-        child._start(name, parent=self._key, tags={"herd.role": role} | dict(tags))
+        if self._session:
+            child._start(name, parent=self._key, tags={"herd.role": role} | _provenance() | dict(tags))
         child.params(params)
         return child
 
@@ -203,11 +200,7 @@ class Tracker:
 def _facts() -> dict[str, str]:
     """Tags that say what code runs where."""
     facts = {
-        "mlflow.source.name": sys.argv[0],
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": git_commit(),
-        "mlflow.user": _user(),
-        "world_size": ranks.world_size(),
+        "world_size": launcher.world_size(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
@@ -218,7 +211,14 @@ def _facts() -> dict[str, str]:
             facts[f"version.{package}"] = version(package)
         except PackageNotFoundError:  # herd run from a bare checkout
             continue
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    return {name: str(value) for name, value in facts.items()} | _provenance()
+
+
+def _provenance() -> dict[str, str]:
+    """Tags that MLflow's UI shows as the source of a run."""
+    facts = {"mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
+    facts |= {"mlflow.source.git.commit": git_commit(), "mlflow.user": _user()}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _user() -> str | None:
@@ -251,13 +251,11 @@ def flush(folder: Path) -> int:
     Raises DataError for a folder that was never tracked, EnvironmentFault when the store does not answer.
     """
     folder = Path(folder).absolute()
-    if not (folder / FILE).exists():
-        raise DataError(f"{folder}: no {FILE} in it, so nothing was tracked there; give a run's folder, runs/NAME")
-    stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    uri = resolve_uri(stored["uri"])
+    record = Record.read(folder)
+    uri = resolve_uri(record.uri)
     check(uri)
     try:
-        return Sender(folder, uri, stored["experiment"]).drain()
+        return Sender(folder, uri, record.experiment).drain()
     except Unreachable as error:
         raise EnvironmentFault(
             f"MLflow store {shown(uri)}: {error}; everything is kept in {folder}, try again when it is up"
@@ -266,14 +264,17 @@ def flush(folder: Path) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m herd.run.tracking", description="What MLflow has not got yet.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("flush", help="send the pending events of a run folder")
-    command.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    parser = cli.parser(
+        "herd.run.tracking",
+        description="Send MLflow what a killed run or an unreachable store left behind.",
+        examples=("python -m herd.run.tracking flush runs/nano",),
+        config=False,
+    )
+    parser.add_argument("command", choices=["flush"], help="send the pending events of a run folder")
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     arguments = parser.parse_args()
-    print(f"{flush(arguments.folder)} events sent")
-    return 0
+    return cli.main_guard(lambda: print(f"{flush(arguments.folder)} events sent"))
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

@@ -38,18 +38,18 @@ def log_model(client: Any, record: Record, event: dict[str, Any], *, run_id: str
         client.log_batch(run_id, metrics=metrics, synchronous=True)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    parents = [record.models[key] for key in _parents(event["role"], lineage) if key in record.models]
-    if parents:
-        client.log_inputs(run_id, models=[LoggedModelInput(parent) for parent in parents])
+    if parent := record.models.get(_maker(event["role"], lineage)):
+        client.log_inputs(run_id, models=[LoggedModelInput(parent)])
     if event["alias"]:
         _register(client, event, model, tags, run_id)
     record.models[f"{event['role']}/{event['name']}"] = model.model_id
     record.save()
 
 
-def _parents(role: str, lineage: dict[str, Any]) -> list[str]:
-    """Keys of the models this one was made from, as the record keeps them."""
-    return [f"{kind}/{lineage[kind]}" for kind in ("teacher", "student") if kind != role and lineage.get(kind)]
+def _maker(role: str, lineage: dict[str, Any]) -> str:
+    """Key, in the record, of the model this one was made from: an export's student, a student's teacher."""
+    kind = "student" if lineage.get("student") and role != "student" else "teacher"
+    return f"{kind}/{lineage.get(kind)}"
 
 
 def _register(client: Any, event: dict[str, Any], model: Any, tags: dict[str, str], run_id: str) -> None:

@@ -8,7 +8,7 @@ record.save()              # atomic
 import json
 import time
 import uuid
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from herd.run.errors import DataError
@@ -50,19 +50,21 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path, uri: str, experiment: str) -> "Record":
-        """The folder's record with `uri` and `experiment` in place of the stored ones, or a new one.
+        """The folder's record with `uri` and `experiment` in place of the stored ones, or a new one."""
+        if not (folder / FILE).exists():
+            return cls(folder, uri, experiment)
+        return replace(cls.read(folder), uri=uri, experiment=experiment)
 
-        Raises DataError when the file cannot be read.
-        """
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """The folder's record as stored. Raises DataError when there is none, or none that can be read."""
         path = folder / FILE
         if not path.exists():
-            return cls(folder, uri, experiment)
+            raise DataError(f"{folder}: no {FILE} in it, so nothing was tracked there; give a run's folder, runs/NAME")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored.update(folder=folder, uri=uri, experiment=experiment)
-            return cls(**{key: stored[key] for key in (f.name for f in fields(cls))})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}: damaged ({error!r}); remove it to start a new MLflow run") from error
+            return cls(**json.loads(path.read_text(encoding="utf-8")), folder=folder)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: damaged ({error}); remove it to start a new MLflow run") from error
 
     def save(self) -> None:
         """Write `mlflow.json` in one step, without a password the URI may hold."""

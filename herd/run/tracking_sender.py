@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,7 @@ class Sender:
     def _tags(self, events: list[Event]) -> None:
         self._log(self._run_id(events[0]), tags={k: v for event in events for k, v in event["values"].items()})
 
-    def _log(self, run_id: str, params: dict[str, str] = {}, tags: dict[str, str] = {}) -> None:
+    def _log(self, run_id: str, *, params: Mapping[str, str] = {}, tags: Mapping[str, str] = {}) -> None:
         from mlflow.entities import Param, RunTag
 
         for some in _batched((Param(k, v) for k, v in params.items()), PARAMS_A_REQUEST):

@@ -3,7 +3,6 @@
 python -m herd.run.ui [--port 5000]         (what `make ui` runs)
 """
 
-import argparse
 import os
 import signal
 import socket
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from herd.run.cli import main_guard
+from herd.run import cli
 from herd.run.errors import ConfigError, EnvironmentFault
 from herd.run.store import artifact_root, prepare, resolve_uri, shown
 
@@ -21,9 +20,11 @@ HOST = "127.0.0.1"
 def serve(port: int) -> None:
     """Serve until interrupted.
 
-    Raises EnvironmentFault when the port is taken, when the store is of another MLflow or is itself a server, and
-    when MLflow's server ends by itself.
+    Raises ConfigError for a number that is no port; EnvironmentFault when the port is taken, when the store is of
+    another MLflow or is itself a server, and when MLflow's server ends by itself.
     """
+    if not 0 < port < 65536:
+        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535")
     uri = resolve_uri()
     if uri.startswith("http"):
         raise EnvironmentFault(
@@ -31,7 +32,8 @@ def serve(port: int) -> None:
         )
     _claim(port)
     prepare(uri)
-    print(f"MLflow over {shown(uri)}: http://{HOST}:{port}", flush=True)
+    # Without the parameter MLflow opens its pages for chat agents; it remembers the choice.
+    print(f"MLflow over {shown(uri)}: http://{HOST}:{port}/#/experiments?workflowType=machine_learning", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
     command += ["--backend-store-uri", uri]
@@ -75,14 +77,16 @@ def _claim(port: int) -> None:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m herd.run.ui", description="MLflow UI over the runs' store.")
+    parser = cli.parser(
+        "herd.run.ui",
+        description="Serve MLflow's UI over the store that runs write to, on this machine only.",
+        examples=("python -m herd.run.ui", "python -m herd.run.ui --port 5001"),
+        config=False,
+    )
     parser.add_argument("--port", type=int, default=5000, help="on 127.0.0.1 (default 5000)")
-    port = parser.parse_args().port
-    if not 0 < port < 65536:
-        raise ConfigError(f"--port {port}: a port is 1 to 65535")
-    serve(port)
-    return 0
+    arguments = parser.parse_args()
+    return cli.main_guard(lambda: serve(arguments.port))
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

@@ -1,5 +1,6 @@
-"""A whole evaluation of a folder: its numbers are those of the parts, its intervals hold them, its memory is plausible."""
+"""A whole evaluation of a folder: its numbers are those of the parts, its intervals hold them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_a_folder_against_itself_diverges_by_nothing(tmp_path: Path, probe: Prob
 
 
 def test_a_probe_outlives_a_model_it_cannot_measure(tmp_path: Path, probe: Probe) -> None:
-    with pytest.raises(DataError, match="no safetensors|cannot be loaded|config.json"):
+    with pytest.raises(DataError, match="cannot be loaded"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_text("{}")
         probe.measure(tmp_path / "empty", [1, 2, 3])
@@ -77,8 +78,6 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     [({"num_bits": 4, "type": "int"}, "int4"), ({"num_bits": 8, "type": "float"}, "fp8")],
 )
 def test_the_scheme_is_read_from_the_configuration(tmp_path: Path, weights: dict, scheme: str) -> None:
-    import json
-
     groups = {"group_0": {"weights": weights}}
     content = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
     (tmp_path / "config.json").write_text(json.dumps(content))

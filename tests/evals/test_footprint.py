@@ -66,10 +66,10 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     save_quantised(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DataError, match="model.safetensors.*again"):
+    with pytest.raises(DataError, match=r"model\.safetensors.*again"):
         measure_disk(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no \\*.safetensors"):
+    with pytest.raises(DataError, match=r"no \*\.safetensors"):
         measure_disk(tmp_path)

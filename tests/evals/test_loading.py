@@ -34,12 +34,12 @@ def test_a_folder_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_a_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
     (save_tiny(tmp_path, 0) / "config.json").unlink()
-    with pytest.raises(DataError, match="no config.json"):
+    with pytest.raises(DataError, match=r"no config\.json"):
         load(tmp_path)
 
 
 def test_a_truncated_weight_file_is_named(tmp_path: Path) -> None:
     file = save_tiny(tmp_path, 0) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="model.safetensors"):
+    with pytest.raises(DataError, match=r"model\.safetensors"):
         load(tmp_path)

@@ -63,7 +63,7 @@ def test_entries_survive_json(tmp_path: Path) -> None:
 def test_a_damaged_evals_file_is_not_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "evals.json"
     file.write_text('{"entries": [')
-    with pytest.raises(DataError, match="evals.json"):
+    with pytest.raises(DataError, match=r"evals\.json"):
         add_entries(file, [RESULT.entry()])
     assert file.read_text() == '{"entries": ['
 

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from herd.llama4.balance import RouterTap
+from herd.llama4.balance import ExpertLoad, RouterTap, balance_loss
 from herd.llama4.expert_parallel import autoep_section, full_state_dict, install_preset
 from herd.llama4.experts import use_sparse_experts
 from herd.llama4.model import build
 
-STEPS, ROWS, LENGTH, LR = 6, 4, 48, 1e-2
+STEPS, ROWS, LENGTH, LR, CLIP = 6, 4, 48, 1e-2, 1.0
 OVERRIDES = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -48,6 +48,7 @@ def ds_config(zero, expert_parallel, *, accumulation=1, bf16=False):
     config = {
         "train_micro_batch_size_per_gpu": ROWS // 2,
         "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIP,  # also DeepSpeed's default: leaving it out does not mean no clipping
         "bf16": {"enabled": bf16},
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.0, "torch_adam": True}},
         "zero_optimization": {
@@ -137,6 +138,22 @@ def train(zero, expert_parallel, folder):
     return {"losses": losses, "tapped": shapes, "recorded": recorded, "others_got_none": state is None}
 
 
+def make_logits():
+    """Return router logits of two layers with 8 and 4 experts, for 64 tokens; some experts are favoured."""
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randn(64, experts, generator=generator) + torch.arange(experts) / 4 for experts in (8, 4)]
+
+
+def balance():
+    """Return this rank's balance loss on its half of the tokens, its gradient, and the load over both ranks."""
+    halves = [logits.chunk(2)[dist.get_rank()].clone().requires_grad_() for logits in make_logits()]
+    loss = balance_loss(halves, 2)
+    loss.backward()
+    load = ExpertLoad(2)
+    load.add(halves)
+    return {"loss": loss.item(), "grads": [half.grad.tolist() for half in halves], "load": load.take().load}
+
+
 def main():
     folder = Path(sys.argv[1])
     deepspeed.init_distributed("gloo")
@@ -148,6 +165,7 @@ def main():
         for zero, ep, steps, bf16 in HELD_CASES
         for held in [measure(zero, ep, accumulation=steps, bf16=bf16)]
     ]
+    results["balance"] = balance()
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

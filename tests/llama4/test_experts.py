@@ -161,7 +161,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model(tokens, labels=tokens).loss.backward()
     plain = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     model(tokens, labels=tokens).loss.backward()
     for expected, parameter in zip(plain, model.parameters(), strict=True):
         assert torch.equal(expected, parameter.grad)

@@ -67,8 +67,9 @@ def test_no_group_has_a_larger_squared_error_than_with_absmax_over_7_5_or_8(grou
 
 
 @pytest.mark.parametrize("kind", [NORMAL, HEAVY])
-def test_the_search_comes_within_two_percent_of_trying_every_bf16_scale(kind: str):
+def test_the_search_comes_within_three_percent_of_trying_every_bf16_scale(kind: str):
     weight_MS = random_weight(1, rows=256, columns=64, kind=kind).float()
+    weight_MS = weight_MS / weight_MS.abs().amax()  # fourth powers stay normal numbers
     found_M = int4.errors(weight_MS, int4.search_scale(weight_MS))[1].double()
     full_M = weight_MS.abs().amax(-1) / 7.5
     limit_M = torch.minimum(*(int4.errors(weight_MS, (full_M * p).bfloat16().float())[0] for p in (1.0, 0.9375)))
@@ -76,9 +77,9 @@ def test_the_search_comes_within_two_percent_of_trying_every_bf16_scale(kind: st
     highest = (1.2 * full_M).bfloat16().view(torch.int16)
     for below in range(130):  # one bf16 value after another, down to half of absmax / 7.5
         for sign in (1, -1):
-            square_M, cube_M = int4.errors(weight_MS, sign * (highest - below).view(torch.bfloat16).float())
-            least_M = torch.where(square_M <= limit_M, torch.minimum(least_M, cube_M.double()), least_M)
-    assert found_M.sum() <= 1.02 * least_M.sum()
+            square_M, fourth_M = int4.errors(weight_MS, sign * (highest - below).view(torch.bfloat16).float())
+            least_M = torch.where(square_M <= limit_M, torch.minimum(least_M, fourth_M.double()), least_M)
+    assert found_M.sum() <= 1.03 * least_M.sum()
 
 
 def test_scales_are_bf16_and_codes_are_the_nearest():

@@ -1,13 +1,16 @@
 """A run in MLflow: what is logged arrives, whatever the store and the process do meanwhile. Real stores throughout."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -160,7 +163,7 @@ def test_a_resumed_run_is_the_same_run_and_what_changed_is_a_tag(tmp_path, uri, 
     assert third[0] != first[0] and third[1] == first[1]
 
 
-def test_events_of_a_killed_process_reach_the_store_later(tmp_path, uri, client):
+def test_events_of_a_killed_process_reach_the_store_later(tmp_path, uri, client, monkeypatch):
     nowhere = f"http://127.0.0.1:{_free_port()}"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), nowhere], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"logged\n"
@@ -171,7 +174,7 @@ def test_events_of_a_killed_process_reach_the_store_later(tmp_path, uri, client)
     assert (refused.returncode, refused.stderr.count("\n")) == (3, 1), refused.stderr
     assert "connection refused" in refused.stderr and nowhere in refused.stderr
 
-    os.environ["MLFLOW_TRACKING_URI"] = uri  # undone by the fixture
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert flush(tmp_path) == 203
     assert flush(tmp_path) == 0
     experiment = client.get_experiment_by_name("killed")
@@ -201,49 +204,75 @@ def test_a_store_that_cannot_be_reached_costs_one_warning_and_takes_everything_w
     assert _steps(MlflowClient(f"sqlite:///{blocked}/mlflow.db"), tracker.run_id, "loss") == list(range(10))
 
 
+def _relay(port: int, target: int) -> ThreadingHTTPServer:
+    """Pass requests on `port` to the server on `target`, a connection each, until shut down."""
+
+    class Relay(BaseHTTPRequestHandler):
+        def relay(self) -> None:
+            behind = http.client.HTTPConnection("127.0.0.1", target)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            behind.request(self.command, self.path, body, {"Content-Type": "application/json"})
+            answer = behind.getresponse()
+            self.send_response(answer.status)
+            self.end_headers()
+            self.wfile.write(answer.read())
+            behind.close()
+
+        do_GET = do_POST = do_PATCH = do_PUT = relay
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    relay = ThreadingHTTPServer(("127.0.0.1", port), Relay)
+    threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True).start()
+    return relay
+
+
 def test_a_server_that_dies_midway_and_returns_misses_nothing_not_even_a_model(tmp_path, uri, client, capsys):
-    port = _free_port()
-    served = f"http://127.0.0.1:{port}"
-
-    def serve() -> subprocess.Popen:
-        command = [sys.executable, "-m", "herd.run.ui", "--port", str(port)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        server = subprocess.Popen(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, **quiet)
-        for _ in range(600):
-            assert server.poll() is None
-            try:
-                urllib.request.urlopen(f"{served}/health", timeout=5).read()
-                return server
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError("the server did not come up")
-
-    def end(server: subprocess.Popen) -> None:
-        server.terminate()
-        assert server.wait(30) == 0
-        with pytest.raises(OSError):
-            urllib.request.urlopen(f"{served}/health", timeout=5)
-
-    server = serve()
-    taken = subprocess.run([sys.executable, "-m", "herd.run.ui", "--port", str(port)], capture_output=True, text=True)
-    assert (taken.returncode, taken.stderr.count("\n")) == (3, 1) and f"--port {port}: address already" in taken.stderr
-    tracker = open_tracker(tmp_path / "run", experiment="served", run_name="r", uri=served)
-    tracker.metrics({"loss": 1.0}, 1)
-    assert tracker.flush(60)
-    end(server)
-    tracker.metrics({"loss": 1.0}, 2)
-    tracker.model("served", _model_folder(tmp_path / "m", name="served"), role="student", alias="a", metrics={"l": 1})
-    assert not tracker.flush(3)
-    server = serve()
+    port, front = _free_port(), _free_port()
+    command = [sys.executable, "-m", "herd.run.ui", "--port", str(port)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, **quiet)
     try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server)
+        taken = subprocess.run(command, capture_output=True, text=True)
+        assert (taken.returncode, taken.stderr.count("\n")) == (3, 1)
+        assert f"--port {port}: address already in use" in taken.stderr
+
+        relay = _relay(front, port)
+        tracker = open_tracker(tmp_path / "run", experiment="served", run_name="r", uri=f"http://127.0.0.1:{front}")
+        tracker.metrics({"loss": 1.0}, 1)
+        assert tracker.flush(60)
+        relay.shutdown()
+        relay.server_close()
+        model = _model_folder(tmp_path / "m", name="served")
+        tracker.metrics({"loss": 1.0}, 2)
+        tracker.model("served", model, role="student", alias="a", metrics={"l": 1})
+        assert not tracker.flush(3)
+        relay = _relay(front, port)
         assert tracker.flush(60)
         tracker.finish()
+        relay.shutdown()
+        relay.server_close()
     finally:
-        end(server)
+        server.terminate()
+        assert server.wait(30) == 0
+    with pytest.raises(OSError):  # its workers went with it
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
     assert _steps(client, tracker.run_id, "loss") == [1, 2]
     assert client.get_model_version_by_alias("served", "a").run_id == tracker.run_id
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert capsys.readouterr().err.count("warning:") == 1
+
+
+def _wait_for(url: str, server: subprocess.Popen) -> None:
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"the server ended with {server.returncode}")
 
 
 def test_what_the_store_refuses_is_left_out_alone_and_the_rest_arrives(tmp_path, uri, client, capsys):

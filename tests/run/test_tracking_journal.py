@@ -28,8 +28,9 @@ def test_every_event_of_parallel_writers_is_read_once_and_in_order_while_the_fil
                 break
             continue
         name, offset = found, offset if found == name else 0
-        for offset, event in journal.events(offset):
+        for end, event in journal.events(offset):
             seen += [(event["from"], event["number"])] if event else []
+            offset = end
         removals += journal.remove_if_read(offset)
     assert sorted(seen) == sorted((source, n) for source in ("0", "1", "here") for n in range(400))
     for source in ("0", "1", "here"):

@@ -1,5 +1,6 @@
 """Which store a run writes to, and what is said about one that cannot be used."""
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -53,15 +54,23 @@ def test_a_password_in_a_uri_is_not_shown():
     assert shown("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
 
 
-def test_four_processes_starting_at_once_share_one_complete_store(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A store made by four processes that started at once, two of them with a run each."""
+    folder = tmp_path_factory.mktemp("shared")
+    uri = f"sqlite:///{folder}/mlruns/mlflow.db"
     scripts = (TRACKER, TRACKER, CREATOR, CREATOR)
-    commands = [[sys.executable, "-c", script, str(tmp_path / str(i)), str(i), uri] for i, script in enumerate(scripts)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [[sys.executable, "-c", script, str(folder / str(i)), str(i), uri] for i, script in enumerate(scripts)]
+    clean = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean) for command in commands]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, errors
     assert errors == [""] * 4
-    with sqlite3.connect(tmp_path / "mlruns" / "mlflow.db") as connection:
+    return folder / "mlruns" / "mlflow.db"
+
+
+def test_four_processes_starting_at_once_share_one_complete_store(shared):
+    with sqlite3.connect(shared) as connection:
         assert connection.execute("SELECT count(*) FROM experiments WHERE name = 'shared'").fetchone() == (1,)
         losses = "SELECT value FROM metrics WHERE key = 'loss' ORDER BY value"
         assert connection.execute(losses).fetchall() == [(0.0,), (1.0,)]
@@ -69,11 +78,9 @@ def test_four_processes_starting_at_once_share_one_complete_store(tmp_path):
         assert connection.execute(ends).fetchall() == [("FINISHED",)]
 
 
-def test_a_store_of_another_mlflow_is_named_with_its_mend_before_training(tmp_path, monkeypatch):
-    first = tmp_path / "mlflow.db"
-    prepare(f"sqlite:///{first}")
-    check(f"sqlite:///{first}")
-    newer, older, other = (Path(shutil.copy(first, tmp_path / name)) for name in ("newer.db", "older.db", "other.db"))
+def test_a_store_of_another_mlflow_is_named_with_its_mend_before_training(tmp_path, shared, monkeypatch):
+    check(f"sqlite:///{shared}")
+    newer, older, other = (Path(shutil.copy(shared, tmp_path / name)) for name in ("newer.db", "older.db", "other.db"))
     _stamp(newer, "f00df00df00d")
     with pytest.raises(EnvironmentFault, match=r"newer\.db: written by a newer MLflow \(schema f00df00df00d; .*3\.\d"):
         open_tracker(tmp_path / "run", experiment="e", run_name="r", uri=f"sqlite:///{newer}")

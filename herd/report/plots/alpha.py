@@ -27,7 +27,7 @@ def draw(record: Record, size: Size) -> Figure | None:
         return None
     palette = colours(record.models)
     with_gap = any(len(record.column(f"student/{name}/gap").step_S) for name in students)
-    across = len(students) if size.name == "wide" and len(students) <= 3 else 1
+    across = 1 if size.name == "narrow" else len(students) if len(students) <= 3 else 2
     blocks = -(-len(students) // across)
     heights = [2.4, 1.25] if with_gap else [2.4]
     with styled(size):
@@ -53,14 +53,14 @@ def _draw_alpha(axes: Axes, record: Record, name: str, colour: str) -> None:
     step_S, histograms = record.arrays(f"student/{name}/alpha_histogram")
     if histograms:
         image_KP = over_time(np.stack(histograms), pixels=_PIXELS)
-        extent = (step_S[0], step_S[-1], 0.0, 1.0)
+        extent = (step_S[0] - 0.5, step_S[-1] + 0.5, 0.0, 1.0)
         axes.imshow(
             image_KP, extent=extent, origin="lower", aspect="auto", cmap=shades(colour), norm=PowerNorm(0.5, 0.0, 1.0)
         )
     mean = record.column(f"student/{name}/alpha")
     halo = [patheffects.withStroke(linewidth=4, foreground="white")]
     axes.plot(mean.step_S, smooth(mean.value_S, window=window(record)), color=INK, linewidth=1.6, path_effects=halo)
-    axes.set_title(f"{name}: weight of the soft target", color=colour)
+    axes.set_title(f"{name}: soft-target weight", color=colour)
     axes.set(ylabel="alpha", ylim=(0, 1), yticks=[0, 0.5, 1])
     axes.grid(visible=False)
     known_S = mean.value_S[np.isfinite(mean.value_S)]

@@ -11,7 +11,7 @@ from herd.report.formats import nats
 from herd.report.record import Record, Series
 from herd.report.style import MUTED, Size, colours, label_ends, new_figure, settle, smooth, styled
 
-_KEY = "points: held out\npale lines: training, running mean"
+_KEY = "points: held out · pale lines: training, running mean"
 
 
 def window(record: Record) -> int:
@@ -34,7 +34,8 @@ def draw(record: Record, size: Size) -> Figure | None:
         figure = new_figure(size, 0.52 * size.width if size.name == "wide" else 3.6)
         axes = figure.add_subplot()
         axes.set(title="Loss, nats per token", xlabel="step", xlim=(0, record.last_step), ylim=(low, high))
-        axes.text(1, 0.97, _KEY, transform=axes.transAxes, ha="right", va="top", color=MUTED)
+        if size.name == "wide":
+            axes.set_title(_KEY, loc="right", color=MUTED, fontsize="medium", fontweight="normal")
         ends = []
         for model, colour in colours(record.models).items():
             if model not in training:
@@ -77,9 +78,10 @@ def _limits(smoothed: dict[str, Series], heldout: dict[str, Series]) -> tuple[fl
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
-    settled = [s.value_S[int(0.08 * len(s.value_S)) :] for s in smoothed.values() if len(s.value_S) > 25]
-    finite = [s[np.isfinite(s)].max() for s in settled if np.isfinite(s).any()]
-    top = max([*finite, *[s.value_S[-1] for s in heldout.values() if len(s.value_S)]], default=values.max())
+    settled = [series.value_S[int(0.08 * len(series.value_S)) :] for series in smoothed.values()]
+    settled += [series.value_S[-1:] for series in heldout.values()]
+    late = np.concatenate(settled)
+    top = late[np.isfinite(late)].max(initial=-np.inf)
     top = top if np.isfinite(top) else values.max()
     margin = 0.05 * max(top - values.min(), 1e-3)
     return values.min() - margin, top + margin

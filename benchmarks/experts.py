@@ -1,0 +1,166 @@
+"""Sparse experts against transformers' own Llama 4 MoE layer and DeepSpeed AutoEP's, forward and backward, one thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/experts.py [--rounds 5]
+
+Same process, interleaved, random weights and data. Times are CPU seconds of the one thread, so that other programs on
+the machine count less. Prints medians, spread and ratios; writes benchmarks/results/experts.json.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep import AutoEP
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+from herd.llama4.expert_parallel import autoep_section, install_preset
+from herd.llama4.experts import use_sparse_experts
+from herd.llama4.specs import SPECS
+from herd.run.files import write_atomic
+
+RESULTS = Path(__file__).parent / "results" / "experts.json"
+TOKENS, HIDDEN, INTERMEDIATE = 2048, 256, 512
+TARGETS = {16: 8.0, 128: 30.0}  # times faster than transformers
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SPREAD_OF_WEIGHTS = 0.05
+QUICK_RUNS = 5  # runs of each sparse form for one of transformers', which takes seconds
+PEAK_SIDE = 1024
+
+
+class Model(nn.Module):
+    """A whole model as AutoEP's parser expects it, with one MoE layer at model.layers.0.feed_forward."""
+
+    def __init__(self, moe: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        layer = nn.Module()
+        layer.feed_forward = moe
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([layer])
+
+
+def make_layers(experts: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return the same weights in transformers' layer, ours and AutoEP's (all experts on this rank)."""
+    config = SPECS["scout-nano"].config(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=experts, num_experts_per_tok=1
+    )
+    dense = Llama4TextMoe(config)
+    for parameter in dense.parameters():
+        parameter.data = (torch.randn_like(parameter) * SPREAD_OF_WEIGHTS).to(dtype)
+    sparse = use_sparse_experts(nn.ModuleList([copy.deepcopy(dense)]))[0]
+    spread = Model(copy.deepcopy(dense), config)
+    autoep = AutoEP(spread, parse_autoep_config(autoep_section(1)))
+    autoep.replace_moe_layers(autoep.ep_parser(), ep_size=1, ep_rank=0)
+    return {"transformers": dense, "sparse": sparse, "autoep": spread.model.layers[0].feed_forward}
+
+
+def run(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> float:
+    """Return the CPU seconds of one forward and backward."""
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    start = time.thread_time()
+    layer(x)[0].backward(gradient)
+    return time.thread_time() - start
+
+
+def measure_peak(dtype: torch.dtype) -> float:
+    """Return FLOP/s of the best of several square matrix products."""
+    a, b = (torch.randn(PEAK_SIDE, PEAK_SIDE).to(dtype) for _ in range(2))
+    return 2 * PEAK_SIDE**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(10))
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Return the CPU seconds `action` takes."""
+    start = time.thread_time()
+    action()
+    return time.thread_time() - start
+
+
+def count_flops(experts: int) -> float:
+    """Return FLOPs of the sparse layer's products, forward and backward: one routed and one shared expert a token."""
+    return 3 * 2 * TOKENS * (2 * 3 * HIDDEN * INTERMEDIATE + HIDDEN * experts)
+
+
+def summarise(seconds: list[float]) -> dict[str, float]:
+    """Return median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles([1e3 * s for s in seconds], n=4)
+    return {"median_ms": round(middle, 2), "q1_ms": round(low, 2), "q3_ms": round(high, 2), "runs": len(seconds)}
+
+
+def compare(experts: int, dtype_name: str, rounds: int) -> dict[str, Any]:
+    """Time the three layers in turn and return medians, ratios and the distance to the floor."""
+    dtype = DTYPES[dtype_name]
+    layers = make_layers(experts, dtype)
+    x = torch.randn(1, TOKENS, HIDDEN).to(dtype)
+    gradient = torch.randn(TOKENS, HIDDEN).to(dtype)
+    for layer in layers.values():
+        run(layer, x, gradient)
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(rounds):
+        for name in ["sparse", "autoep"] * QUICK_RUNS + ["transformers"]:
+            seconds[name].append(run(layers[name], x, gradient))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = count_flops(experts) / measure_peak(dtype)
+    return {
+        "experts": experts,
+        "dtype": dtype_name,
+        **{name: summarise(values) for name, values in seconds.items()},
+        "times_faster_than_transformers": round(median["transformers"] / median["sparse"], 1),
+        "target": TARGETS[experts],
+        "times_faster_than_autoep": round(median["autoep"] / median["sparse"], 2),
+        "floor_ms": round(1e3 * floor, 2),
+        "over_floor": round(median["sparse"] / floor, 2),
+    }
+
+
+def main() -> int:
+    """Run every case, print a line for each and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="runs of transformers' layer; the others run 5 times as often"
+    )
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    install_preset()
+    print(f"{TOKENS} tokens, hidden {HIDDEN}, intermediate {INTERMEDIATE}, top-1, forward + backward, CPU milliseconds")
+    print(
+        f"{'case':<10}{'transformers':>14}{'autoep':>9}{'sparse':>9}{'q1..q3':>16}{'faster':>9}{'target':>8}{'vs autoep':>11}{'over floor':>12}"
+    )
+    cases = []
+    for experts in TARGETS:
+        for dtype_name in DTYPES:
+            case = compare(experts, dtype_name, rounds)
+            cases.append(case)
+            ours = case["sparse"]
+            print(
+                f"{experts:>3} {dtype_name:<6}{case['transformers']['median_ms']:>14.1f}{case['autoep']['median_ms']:>9.1f}"
+                f"{ours['median_ms']:>9.1f}{ours['q1_ms']:>9.1f}..{ours['q3_ms']:<5.1f}"
+                f"{case['times_faster_than_transformers']:>8.1f}x{case['target']:>7.0f}x"
+                f"{case['times_faster_than_autoep']:>10.2f}x{case['over_floor']:>11.2f}x",
+                flush=True,
+            )
+    result = {
+        "tokens": TOKENS,
+        "hidden": HIDDEN,
+        "intermediate": INTERMEDIATE,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "cases": cases,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_atomic(RESULTS, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

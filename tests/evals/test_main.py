@@ -1,0 +1,63 @@
+"""The command: refusals in one line with the right exit code, and JSON alone on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evals.__main__ import main
+from herd.run.lineage import write_lineage
+from tests.evals.tiny import save_tiny
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--model", "nowhere"], 2, "--model nowhere: no such folder"),
+        (["--model", ".", "--rows", "0"], 2, "--rows = 0: must be at least 1"),
+        (["--model", ".", "--against", "nowhere"], 2, "--against nowhere: no such folder"),
+        (["--model", "."], 4, "no config.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(
+    options: list[str], code: int, words: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(options) == code
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and len(err.splitlines()) == 1
+
+
+def test_the_plan_follows_an_export_to_the_data_of_its_student(tmp_path: Path, capsys) -> None:
+    student, export = tmp_path / "scout", tmp_path / "scout-int4"
+    student.mkdir(), export.mkdir()
+    write_lineage(student, name="scout", data_config={"source": "texts", "sequence_length": 96})
+    write_lineage(export, name="scout-int4", source=str(student))
+    assert main(["--model", str(export), "--rows", "10", "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["data"]["source"], plan["data"]["sequence_length"], plan["tokens"]) == ("texts", 96, 960)
+
+
+def test_json_is_all_of_stdout_and_the_entry_is_kept_and_tracked(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "scout", 0)
+    text = tmp_path / "texts"
+    text.mkdir()
+    for n in range(40):
+        (text / f"{n}.txt").write_text(f"The llama number {n} ate {n * 7} leaves and slept. " * 8)
+    command = [sys.executable, "-m", "evals", "--model", str(folder), "--against", str(folder), "--data", str(text)]
+    command += ["--sequence-length", "32", "--rows", "5", "--decode-tokens", "2", "--json", "--out", "evals.json"]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout)
+    assert (entry["rows"], entry["kl_mean"], entry["top1_agreement"]) == (5, 0, 1)
+    assert json.loads((tmp_path / "evals.json").read_text())["entries"] == [entry]
+    (kept,) = (tmp_path / "runs" / "evaluations").iterdir()
+    assert json.loads((kept / "evals.json").read_text())["entries"] == [entry]
+    assert json.loads((kept / "mlflow.json").read_text())["runs"]["main"]

@@ -1,0 +1,52 @@
+"""The trainer without what follows it (models, exports, evaluation, report), for tests of the training itself.
+
+deepspeed --num_accelerators 2 tests/launch/train_only.py --config configs/smoke.yaml
+"""
+
+import hashlib
+import sys
+
+import torch
+
+from distill import session
+from distill.assembly import assemble
+from distill.loop import Loop
+from herd.llama4.expert_parallel import full_state_dict
+from herd.run import cli, files, ranks
+from herd.run.config import load
+from herd.run.tracking import open_tracker
+
+
+def main() -> int:
+    arguments = cli.parser("train_only", description=__doc__, examples=(), resume=True).parse_args()
+
+    def body() -> None:
+        config = load(arguments.config, arguments.set)
+        ranks.initialise()
+        folder = config.run.folder / config.run.name
+        resume_from = session.prepare_folder(config, folder, resume=arguments.resume, command="train_only")
+        tracker = open_tracker(folder, experiment="tests", run_name="tests", enabled=False)
+        parts = assemble(config, folder)
+        Loop(parts, config, folder, tracker).run(resume_from=resume_from, resume_command="RESUME")
+        write_digests(parts, folder)
+        ranks.shut_down()
+
+    return cli.main_guard(body)
+
+
+def write_digests(parts, folder) -> None:
+    """SHA-256 of every model's final weights, one a line."""
+    lines = []
+    for name, member in parts.herd.members.items():
+        state = full_state_dict(member.engine)
+        if state is not None:
+            digest = hashlib.sha256()
+            for key in sorted(state):
+                digest.update(state[key].contiguous().view(torch.uint8).numpy().tobytes())
+            lines.append(f"{name} {digest.hexdigest()}\n")
+    if ranks.is_main():
+        files.write_atomic(folder / "digests.txt", "".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
