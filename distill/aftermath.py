@@ -48,19 +48,20 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
     """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
-    exports = {
-        compress(run_folder, student, settings, tracker): run_folder / "students" / student
-        for student, wanted in config.students.items()
-        for settings in wanted.quantize
-    }
-    entries = evaluate_all(config, run_folder, exports)
+    with evals.Probe() as probe:  # it imports what it needs while the exports are made
+        exports = {
+            compress(run_folder, student, settings, tracker): run_folder / "students" / student
+            for student, wanted in config.students.items()
+            for settings in wanted.quantize
+        }
+        entries = evaluate_all(config, run_folder, exports, probe)
     for entry in entries:
         register(entry, config, tracker)
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
     tracker.artifact(run_folder / "evals.json")
-    print(f"report: {page}")
+    print(f"report: {page}", flush=True)
 
 
 def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker) -> Path:
@@ -71,26 +72,32 @@ def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracke
         source = run_folder / "students" / student
         quantized = quant.quantize(source, scheme=settings.scheme, group_size=settings.group_size)
         child = tracker.nested(name, role="export", params=settings.model_dump())
+        tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
         quant.export(quantized, folder, lineage=lineage)
         print(f"{name}: exported and checked, {folder}")
     return folder
 
 
-def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path]) -> list[dict]:
+def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[dict]:
     """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows."""
     teacher = teacher_folder(config, run_folder)
-    students = {run_folder / "students" / name: teacher for name in config.students}
-    pairs = ({teacher: None} if teacher is not None else {}) | students | exports
-    rows = evals.rows_from(config.data, next(iter(students)), rows=config.data.heldout_rows)
+    students = [run_folder / "students" / name for name in config.students]
+    settings = {
+        "rows": evals.rows_from(config.data, students[0], rows=config.data.heldout_rows),
+        "decode_tokens": config.evaluation.decode_tokens,
+        "probe": probe,
+    }
     results = []
-    with evals.Probe() as probe:
-        for model, reference in pairs.items():
-            results.append(
-                evals.evaluate(
-                    model, rows=rows, against=reference, decode_tokens=config.evaluation.decode_tokens, probe=probe
-                )
-            )
+    reference = None
+    if teacher is not None:
+        results.append(evals.evaluate(teacher, **settings))
+        reference = evals.load(teacher)
+    results += [evals.evaluate(student, against=reference, **settings) for student in students]
+    for student in students:
+        made = [export for export, source in exports.items() if source == student]
+        reference = evals.load(student) if made else None
+        results += [evals.evaluate(export, against=reference, **settings) for export in made]
     entries = [result.entry() for result in results]
     evals.add_entries(run_folder / "evals.json", entries)
     return entries

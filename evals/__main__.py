@@ -5,6 +5,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def _parser() -> cli.Parser:
         "--decode-tokens", type=int, default=64, metavar="N", help="tokens decoded to time it; 0 for none (default: 64)"
     )
     add("--device", default="cpu", help="where to run, such as cuda (default: cpu)")
+    add("--control", action="store_true", help="record it as the student of that name trained without a teacher")
     add("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     add("--out", type=Path, metavar="FILE", help="evals.json to add the result to (it is in runs/evaluations/ as well)")
     add("--dry-run", action="store_true", help="print what would be evaluated on what, stop")
@@ -132,6 +134,8 @@ def _run(arguments: argparse.Namespace, data: Data) -> "Result":
         decode_tokens=arguments.decode_tokens,
         device=arguments.device,
     )
+    if arguments.control:
+        result = replace(result, role="control")
     _record(arguments, result, rows)
     return result
 

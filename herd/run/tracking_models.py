@@ -38,18 +38,24 @@ def log_model(client: Any, record: Record, event: dict[str, Any], *, run_id: str
         client.log_batch(run_id, metrics=metrics, synchronous=True)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    if parent := record.models.get(_maker(event["role"], lineage)):
-        client.log_inputs(run_id, models=[LoggedModelInput(parent)])
+    if maker := _maker(record, event["role"], lineage):
+        client.log_inputs(run_id, models=[LoggedModelInput(maker)])
     if event["alias"]:
         _register(client, event, model, tags, run_id)
-    record.models[f"{event['role']}/{event['name']}"] = model.model_id
+    # By the name that lineage uses: the one in MLflow may carry a prefix.
+    record.models[f"{event['role']}/{lineage.get('name') or event['name']}"] = model.model_id
     record.save()
 
 
-def _maker(role: str, lineage: dict[str, Any]) -> str:
-    """Key, in the record, of the model this one was made from: an export's student, a student's teacher."""
-    kind = "student" if lineage.get("student") and role != "student" else "teacher"
-    return f"{kind}/{lineage.get(kind)}"
+def _maker(record: Record, role: str, lineage: dict[str, Any]) -> str | None:
+    """Id of the model that this one was made from: an export's student, a student's teacher.
+
+    A run has one teacher, so its lineage may name it by its source (`behemoth-nano`) as well as by its name.
+    """
+    if role == "export":
+        return record.models.get(f"student/{lineage.get('student')}")
+    teachers = [model for key, model in record.models.items() if key.startswith("teacher/")]
+    return teachers[0] if role == "student" and lineage.get("teacher") and len(teachers) == 1 else None
 
 
 def _register(client: Any, event: dict[str, Any], model: Any, tags: dict[str, str], run_id: str) -> None:

@@ -33,7 +33,7 @@ class Record:
     """Unix seconds of the first start."""
     runs: dict[str, str] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
-    """Logged-model id by `<role>/<name>`, the newest of each."""
+    """Logged-model id by `<role>/<name in lineage.json>`, the newest of each."""
     journal: str | None = None
     offset: int = 0
     """Bytes of the journal so named that MLflow has."""

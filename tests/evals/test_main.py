@@ -48,7 +48,18 @@ def test_json_is_all_of_stdout_and_the_entry_is_kept_and_tracked(tmp_path: Path)
     for n in range(40):
         (text / f"{n}.txt").write_text(f"The llama number {n} ate {n * 7} leaves and slept. " * 8)
     command = [sys.executable, "-m", "evals", "--model", str(folder), "--against", str(folder), "--data", str(text)]
-    command += ["--sequence-length", "32", "--rows", "5", "--decode-tokens", "2", "--json", "--out", "evals.json"]
+    command += [
+        "--sequence-length",
+        "32",
+        "--rows",
+        "5",
+        "--decode-tokens",
+        "2",
+        "--json",
+        "--control",
+        "--out",
+        "evals.json",
+    ]
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
@@ -56,7 +67,7 @@ def test_json_is_all_of_stdout_and_the_entry_is_kept_and_tracked(tmp_path: Path)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     entry = json.loads(done.stdout)
-    assert (entry["rows"], entry["kl_mean"], entry["top1_agreement"]) == (5, 0, 1)
+    assert (entry["rows"], entry["kl_mean"], entry["top1_agreement"], entry["role"]) == (5, 0, 1, "control")
     assert json.loads((tmp_path / "evals.json").read_text())["entries"] == [entry]
     (kept,) = (tmp_path / "runs" / "evaluations").iterdir()
     assert json.loads((kept / "evals.json").read_text())["entries"] == [entry]

@@ -43,13 +43,13 @@ def tiny_rows(seed: int, *, rows: int = 7, tokens: int = 24, vocabulary: int = V
 
 
 def byte_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
-    """One token a byte, and the extra ones."""
+    """One token a byte, an end of text, and the extra ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(list(extra))
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    backend.add_tokens(["<end>", *extra])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 def save_tiny(folder: Path, seed: int, *extra_tokens: str) -> Path:

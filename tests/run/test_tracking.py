@@ -78,7 +78,7 @@ def test_a_herd_run_is_a_tree_with_curves_inputs_and_registered_models_that_lead
     tracker = open_tracker(
         tmp_path / "run", experiment="tree", run_name="nano", uri=uri, config=config, tags={"gpu": "none"}
     )
-    facts = {"teacher": "behemoth", "data_fingerprint": "d" * 64}
+    facts = {"teacher": "behemoth-nano", "data_fingerprint": "d" * 64}
     folders = {
         ("behemoth", "teacher"): _model_folder(tmp_path / "t", role="teacher", name="behemoth"),
         ("scout", "student"): _model_folder(tmp_path / "s", role="student", name="scout", **facts),
@@ -92,7 +92,7 @@ def test_a_herd_run_is_a_tree_with_curves_inputs_and_registered_models_that_lead
         children[name] = tracker.nested(name, role, params={"lr": 2e-3, "long": "x" * 7000})
         for step in range(1, 1501):  # more than one request holds
             children[name].metrics({"loss/ce": 5 - step / 1000}, step)
-        children[name].model(name, folder, role=role, alias="nano", metrics={"heldout": 4.3})
+        children[name].model(f"tree-{name}", folder, role=role, alias="nano", metrics={"heldout": 4.3})
     assert tracker.flush(120)
     tracker.finish()
     assert not (tmp_path / "run" / "mlflow_pending.jsonl").exists()
@@ -116,22 +116,24 @@ def test_a_herd_run_is_a_tree_with_curves_inputs_and_registered_models_that_lead
 
     models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
     export = client.get_run(children["scout-int4"].run_id)
-    assert [model.model_id for model in export.inputs.model_inputs] == [models["scout"].model_id]
+    assert [model.model_id for model in export.inputs.model_inputs] == [models["tree-scout"].model_id]
     student = client.get_run(children["scout"].run_id)
-    assert [model.model_id for model in student.inputs.model_inputs] == [models["behemoth"].model_id]
+    assert [model.model_id for model in student.inputs.model_inputs] == [models["tree-behemoth"].model_id]
     for (name, role), folder in folders.items():
-        version = client.get_model_version_by_alias(name, "nano")
+        version = client.get_model_version_by_alias(f"tree-{name}", "nano")
         assert (version.tags["path"], version.tags["role"], version.run_id) == (
             str(folder),
             role,
             children[name].run_id,
         )
-        assert json.loads(models[name].tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
-        assert {metric.key: metric.value for metric in models[name].metrics} == {"heldout": 4.3}
-        assert str(models[name].status) == "READY"
-        files = {file.path for file in client.list_logged_model_artifacts(models[name].model_id)}
+        assert json.loads(models[f"tree-{name}"].tags["mlflow.modelVersions"]) == [
+            {"name": f"tree-{name}", "version": "1"}
+        ]
+        assert {metric.key: metric.value for metric in models[f"tree-{name}"].metrics} == {"heldout": 4.3}
+        assert str(models[f"tree-{name}"].status) == "READY"
+        files = {file.path for file in client.list_logged_model_artifacts(models[f"tree-{name}"].model_id)}
         assert files == {"MLmodel", "README.md", "config.json", "lineage.json"}  # by reference: no weights
-    assert client.get_model_version_by_alias("scout", "nano").tags["data_fingerprint"] == "d" * 64
+    assert client.get_model_version_by_alias("tree-scout", "nano").tags["data_fingerprint"] == "d" * 64
 
 
 def test_a_resumed_run_is_the_same_run_and_what_changed_is_a_tag(tmp_path, uri, client, monkeypatch):

@@ -1,0 +1,70 @@
+"""What a run will hold and cost, from shapes alone: `python -m distill --config ... --dry-run --world-size 512`.
+
+show(config, world_size=512, mfu=0.4) prints the resolved configuration and, for every model, bytes per rank by kind,
+FLOPs per token, and what the herd does in a day. No device is touched and no data is read.
+"""
+
+from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
+from herd.llama4.specs import SPECS
+from herd.run.config import dump, split_batch
+from herd.run.errors import ConfigError
+from herd.run.schema import Config
+
+SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulation} x ranks {ranks}"
+
+
+def show(config: Config, *, world_size: int, mfu: float) -> None:
+    """Print the resolved configuration and the plan. Raises ConfigError for what could not run either."""
+    plans = plan_run(config, world_size=world_size)
+    micro_rows, accumulation = split_batch(config, world_size)
+    tokens_per_step = config.batch.rows * config.data.sequence_length
+    print(dump(config))
+    for name, made in plans.items():
+        print(f"--- {name}: {SPECS[_source(config, name)].note}")
+        print(made.table())
+    flops = sum(made.flops_per_token for made in plans.values())
+    daily = tokens_per_day(flops, world_size=world_size, mfu=mfu)
+    steps = config.run.steps + config.teacher.head_start
+    print("--- the herd")
+    print(SHOWN_BATCH.format(rows=config.batch.rows, micro=micro_rows, accumulation=accumulation, ranks=world_size))
+    print(f"state per rank      {sum(made.state.total for made in plans.values()) / 1e9:,.3f} GB, all models together")
+    print(f"tokens              {steps * tokens_per_step:,} in {steps:,} steps of {tokens_per_step:,}")
+    print(f"FLOPs per token     {flops:.4g}, all models together")
+    print(f"tokens per day      {daily:.4g} at {mfu:.0%} of the peak of {world_size} H100 (bf16)")
+    print(f"days                {steps * tokens_per_step / daily:.3g}")
+
+
+def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
+    """The plan of every model of the run, the teacher first."""
+    micro_rows, accumulation = split_batch(config, world_size)
+    names = ([] if config.teacher.mode == "none" else ["teacher"]) + list(config.students)
+    plans = {}
+    for name in names:
+        source = _source(config, name)
+        if source not in SPECS:
+            raise ConfigError(f"{name}: source = {source}: only specs can be planned ({', '.join(SPECS)})")
+        model = config.teacher if name == "teacher" else config.students[name]
+        text = SPECS[source].config(**_vocabulary(config), **model.overrides)
+        frozen = name == "teacher" and config.teacher.mode == "frozen"
+        setup = Setup(
+            zero=config.parallel.zero,
+            expert_parallel=config.parallel.expert_parallel,
+            world_size=world_size,
+            precision=config.run.precision,
+            frozen=frozen,
+            accumulation=accumulation,
+            sequence_length=config.data.sequence_length,
+            micro_rows=micro_rows,
+            chunk_tokens=config.loss.chunk_tokens,
+        )
+        plans[name] = plan(text, setup)
+    return plans
+
+
+def _source(config: Config, name: str) -> str:
+    return config.teacher.source if name == "teacher" else config.students[name].source
+
+
+def _vocabulary(config: Config) -> dict[str, int]:
+    """A tokenizer that will be trained sets the size of nano vocabularies; real ones have their own."""
+    return {"vocab_size": config.tokenizer.vocab_size} if config.tokenizer.path is None else {}
