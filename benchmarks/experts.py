@@ -110,7 +110,7 @@ def compare(experts: int, dtype_name: str, rounds: int) -> dict[str, Any]:
             seconds[name].append(run(layers[name], x, gradient))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     floor = count_flops(experts) / measure_peak(dtype)
-    return {
+    case = {
         "experts": experts,
         "dtype": dtype_name,
         **{name: summarise(values) for name, values in seconds.items()},
@@ -120,6 +120,20 @@ def compare(experts: int, dtype_name: str, rounds: int) -> dict[str, Any]:
         "floor_ms": round(1e3 * floor, 2),
         "over_floor": round(median["sparse"] / floor, 2),
     }
+    print_line(case)
+    return case
+
+
+def print_line(case: dict[str, Any]) -> None:
+    """Print one row of the table."""
+    ours = case["sparse"]
+    print(
+        f"{case['experts']:>7} {case['dtype']}  {case['transformers']['median_ms']:>12.1f} "
+        f"{case['autoep']['median_ms']:>8.1f} {ours['median_ms']:>8.1f}  ({ours['q1_ms']:.1f}..{ours['q3_ms']:.1f})"
+        f"{case['times_faster_than_transformers']:>10.1f}x ({case['target']:.0f}x)"
+        f"{case['times_faster_than_autoep']:>12.2f}x{case['over_floor']:>11.2f}x",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -133,22 +147,8 @@ def main() -> int:
     torch.manual_seed(0)
     install_preset()
     print(f"{TOKENS} tokens, hidden {HIDDEN}, intermediate {INTERMEDIATE}, top-1, forward + backward, CPU milliseconds")
-    print(
-        f"{'case':<10}{'transformers':>14}{'autoep':>9}{'sparse':>9}{'q1..q3':>16}{'faster':>9}{'target':>8}{'vs autoep':>11}{'over floor':>12}"
-    )
-    cases = []
-    for experts in TARGETS:
-        for dtype_name in DTYPES:
-            case = compare(experts, dtype_name, rounds)
-            cases.append(case)
-            ours = case["sparse"]
-            print(
-                f"{experts:>3} {dtype_name:<6}{case['transformers']['median_ms']:>14.1f}{case['autoep']['median_ms']:>9.1f}"
-                f"{ours['median_ms']:>9.1f}{ours['q1_ms']:>9.1f}..{ours['q3_ms']:<5.1f}"
-                f"{case['times_faster_than_transformers']:>8.1f}x{case['target']:>7.0f}x"
-                f"{case['times_faster_than_autoep']:>10.2f}x{case['over_floor']:>11.2f}x",
-                flush=True,
-            )
+    print("experts dtype  transformers   autoep   sparse  (quartiles)      faster (target)  vs autoep  over floor")
+    cases = [compare(experts, dtype_name, rounds) for experts in TARGETS for dtype_name in DTYPES]
     result = {
         "tokens": TOKENS,
         "hidden": HIDDEN,

@@ -43,6 +43,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
         _train(config, folder, tracker, resume_from=resume_from, command=command)
         ranks.shut_down()
         if ranks.is_main():
+            _record_end(folder / "run.json")
             aftermath.compress_and_report(config, folder, tracker)
     except Interrupted:
         tracker.finish("KILLED")
@@ -116,6 +117,11 @@ def _record_command(path: Path, command: str) -> None:
     record["git_commit"] = git_commit()
     record["world_size"] = ranks.world_size()
     record["versions"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def _record_end(path: Path) -> None:
+    record = json.loads(path.read_text()) | {"finished": _now()}
     files.write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 

@@ -123,9 +123,10 @@ def require_compiler() -> None:
 
 
 def _find_ninja() -> None:
-    """Put this environment's scripts on PATH when ninja is only there (python started without activating it)."""
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    """Put this environment's scripts first on PATH: ninjas of two versions each rebuild what the other one built."""
+    scripts = sysconfig.get_path("scripts")
+    if (Path(scripts) / "ninja").exists() and not os.environ.get("PATH", "").startswith(scripts + os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
 def _first_error(text: str) -> str:

@@ -75,7 +75,7 @@ def start(
 def finish(process: subprocess.Popen, tmp_path: Path) -> Launched:
     """Wait for a run to end; nothing of it is left running."""
     try:
-        log, _ = process.communicate(timeout=280)
+        log, _ = process.communicate(timeout=600)
     finally:
         kill_group(process)
     return Launched(process.returncode, log, tmp_path / "run")

@@ -12,6 +12,8 @@ import pytest
 
 from tests.launch.launcher import finish, kill_group, launch, rank_processes, start, wait_for_step
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
+
 SHORT = ["run.steps=5", "teacher.head_start=1", "run.evaluate_every=0", "run.checkpoint_every=3", "run.precision=fp32"]
 CURVES = ("teacher/ce", "student/scout/ce", "student/maverick/ce", "student/scout/kd", "student/maverick/grad_norm")
 WEIGHTED = ["loss.weighting={kind: constant, alpha: 0.5}"]
@@ -78,13 +80,8 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint_to_the_same_weig
 
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
-    [
-        (["batch.rows=3"], 2, "batch.rows = 3"),
-        (["parallel.expert_parallel=3"], 2, "parallel.expert_parallel = 3"),
-        (["data.source=/no/such/folder"], 4, "/no/such/folder"),
-        (["data.sequence_length=100000"], 2, "data.sequence_length = 100000"),
-    ],
-    ids=["batch", "experts", "data", "length"],
+    [(["batch.rows=3"], 2, "batch.rows = 3"), (["data.source=/no/such/folder"], 4, "/no/such/folder")],
+    ids=["configuration", "data"],
 )
 def test_an_impossible_run_ends_with_one_line_and_its_code(overrides, code, words, tmp_path):
     run = launch(tmp_path, ranks=2, overrides=overrides)

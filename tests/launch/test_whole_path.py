@@ -14,6 +14,8 @@ from herd.run.lineage import read_lineage
 from tests.launch.launcher import launch
 
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
+
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory):
     """configs/smoke.yaml on two ranks, tracked in a store of its own."""

@@ -1,0 +1,159 @@
+"""The trainer's own parts, in one process: one teacher forward a batch, held-out losses, faults named, mismatches refused.
+
+pytest tests/distill/test_trainer.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from distill.assembly import assemble
+from distill.diagnosis import first_fault
+from distill.loop import Loop, keep_steps
+from distill.objectives.codistillation import Herd
+from distill.plan import plan_run
+from distill.session import without_resume
+from herd.llama4.source import open_model
+from herd.run import config as configuration
+from herd.run import ranks
+from herd.run.errors import ConfigError, DataError, NumericalError
+from herd.run.tracking import open_tracker
+
+SMALL = ["run.name=t", "teacher.head_start=0", "run.evaluate_every=2", "run.steps=3", "run.checkpoint_every=100"]
+
+
+def small_config(folder, *overrides):
+    return configuration.load("configs/smoke.yaml", [*SMALL, f"run.folder={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A teacher and two students on one rank."""
+    ranks.initialise()
+    folder = tmp_path_factory.mktemp("parts")
+    config = small_config(folder)
+    return assemble(config, folder), config, folder
+
+
+def batches_of(parts, config, step):
+    return parts.rows.take(step, rows=config.batch.rows, micro_rows=parts.micro_rows, rank=0, world=1)
+
+
+def test_one_teacher_forward_a_batch_feeds_every_student(parts):
+    assembly, config, _ = parts
+    calls = []
+    handle = assembly.herd.teacher.learner.register_forward_hook(lambda *_: calls.append("teacher"))
+    handles = [
+        pupil.member.learner.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, pupil in assembly.herd.pupils.items()
+    ]
+    metrics = assembly.herd.take_step(batches_of(assembly, config, 0), 0)
+    for one in (handle, *handles):
+        one.remove()
+    assert sorted(calls) == ["maverick", "scout", "teacher"]
+    assert metrics["student/scout/kd"] > 0 and metrics["teacher/ce"] > 0
+
+
+def test_the_loop_logs_every_step_and_measures_held_out_losses(parts):
+    assembly, config, folder = parts
+    tracker = open_tracker(folder, experiment="t", run_name="t", enabled=False)
+    Loop(assembly, config, folder, tracker).run(resume_from=None, resume_command="")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["tokens"] == 3 * config.batch.rows * config.data.sequence_length
+    assert "heldout/scout" in lines[1] and "heldout/scout" in lines[2] and "heldout/scout" not in lines[0]
+    assert abs(sum(lines[0]["student/scout/alpha_histogram"]) - 1) < 1e-9
+    assert len(lines[0]["experts/maverick/load"]) == 2 and len(lines[0]["experts/scout/load"]) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves_and_names_the_parameter(parts):
+    assembly, config, _ = parts
+    herd: Herd = assembly.herd
+    weight = herd.pupils["scout"].member.learner.model.model.layers[1].self_attn.o_proj.weight
+    kept, other = weight.detach().clone(), herd.pupils["maverick"].member.learner.head.weight
+    before = other.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"scout.*layers\.1\.self_attn\.o_proj\.weight holds NaN"):
+        herd.take_step(batches_of(assembly, config, 5), 5)
+    assert torch.equal(other, before)
+    with torch.no_grad():
+        weight.copy_(kept)
+    for member in herd.members.values():
+        member.engine.optimizer.zero_grad()
+
+
+def test_an_overflow_in_the_forward_is_traced_to_the_first_layer_that_made_it(parts):
+    assembly, config, _ = parts
+    member = assembly.herd.pupils["scout"].member
+    norm = member.learner.model.model.layers[2].input_layernorm
+    kept = norm.weight.detach().clone()
+    with torch.no_grad():
+        norm.weight.fill_(3e38)
+    fault = first_fault(member, batches_of(assembly, config, 6))
+    with torch.no_grad():
+        norm.weight.copy_(kept)
+    assert "layers.2.input_layernorm" in fault
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_with_what_differs(parts, tmp_path):
+    assembly, config, _ = parts
+    folder = tmp_path / "stranger"
+    assembly.herd.pupils["scout"].member.export(folder, tokenizer=assembly.tokenizer)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    tokens = vocabulary["model"]["vocab"]
+    first, second = [token for token, index in tokens.items() if index in (300, 301)]
+    tokens[first], tokens[second] = tokens[second], tokens[first]
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    other = small_config(tmp_path, "teacher.mode=frozen", f"teacher.source={folder}", "teacher.overrides={}")
+    mine = tmp_path / "tokenizer"
+    assembly.tokenizer.save_pretrained(mine)
+    with pytest.raises(DataError, match="differs from the run's.*30[01]"):
+        assemble(other.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(mine)})}), tmp_path)
+
+
+def test_a_sequence_longer_than_the_model_is_refused(tmp_path):
+    ranks.initialise()
+    with pytest.raises(ConfigError, match=r"data\.sequence_length = 9000"):
+        assemble(small_config(tmp_path, "data.sequence_length=9000"), tmp_path)
+
+
+def test_a_truncated_model_file_is_a_data_error_that_names_the_folder(parts, tmp_path):
+    assembly, _, _ = parts
+    folder = tmp_path / "cut"
+    assembly.herd.pupils["scout"].member.export(folder, tokenizer=assembly.tokenizer)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="cut"):
+        open_model(str(folder))
+
+
+def test_plans_hold_the_bytes_that_live_engines_hold(parts):
+    assembly, config, _ = parts
+    planned = plan_run(config, world_size=1)
+    for name, member in assembly.herd.members.items():
+        optimizer = member.engine.optimizer
+        weights = sum(p.numel() * p.element_size() for p in member.learner.parameters())
+        master = sum(p.numel() * 4 for group in optimizer.param_groups for p in group["params"])
+        moments = sum(
+            value.numel() * value.element_size()
+            for state in optimizer.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.dim() > 0
+        )
+        state = planned[name].state
+        assert state.weights == pytest.approx(weights, rel=0.03), name
+        assert state.master == pytest.approx(master, rel=0.03), name
+        assert state.moments == pytest.approx(moments, rel=0.03), name
+
+
+def test_lines_of_steps_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_steps(path, up_to=2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_resume_command_has_one_resume():
+    assert without_resume("python -m distill --resume never --config a.yaml --resume=x") == "python -m distill --config a.yaml"
