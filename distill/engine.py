@@ -101,9 +101,6 @@ def build_member(
         files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
     expert_parallel.install_preset()
     learner = Learner(model)
-    if model.device.type == "cpu":
-        # The backward of torch's fused attention takes 4x the time of the plain form on a CPU (docs/training.md).
-        model.set_attn_implementation("eager")
     engine, *_ = deepspeed.initialize(
         model=learner,
         model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),

@@ -68,8 +68,11 @@ class Herd:
         tallies = {name: Tally(member.top_k) for name, member in active.items()}
         scale = self._normalizer(batches)
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             self._run_micro_batch(batch, active, tallies, scale)
+            if index < len(batches) - 1:
+                for member in active.values():
+                    member.engine.step()  # no update yet: DeepSpeed counts micro-batches here
         Tally.reduce(tallies.values())
         for name, tally in tallies.items():
             if not tally.is_finite():

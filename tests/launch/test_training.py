@@ -55,7 +55,7 @@ def test_a_stopped_run_exits_75_and_resumes_to_the_bits_of_an_uninterrupted_one(
     os.kill(rank_processes(process)[0], signal.SIGTERM)
     stopped = finish(process, tmp_path / "cut")
     assert stopped.code == 75, stopped.log
-    assert "RESUME --resume auto" in stopped.log
+    assert "go on with: RESUME" in stopped.log
     resumed = launch(tmp_path / "cut", overrides=SHORT[:-1], resume="auto")
     assert resumed.code == 0, resumed.log
     assert len(resumed.metrics()) == len(whole.metrics()) == 6
