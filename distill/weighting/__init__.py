@@ -1,8 +1,8 @@
 """The weight between soft and hard targets. `build(config.loss.weighting, steps=...)` makes the configured one."""
 
 from distill.weighting.constant import Constant
-from distill.weighting.gap import Gap
 from distill.weighting.interface import StepStats, Weighting
+from distill.weighting.lead import Lead
 from distill.weighting.schedule import Schedule
 from herd.run import schema
 
@@ -16,6 +16,6 @@ def build(settings: schema.Weighting, *, steps: int) -> Weighting:
             return Constant(settings.alpha)
         case schema.ScheduledAlpha():
             return Schedule(settings, steps=steps)
-        case schema.GapAlpha():
-            return Gap(settings)
+        case schema.LeadAlpha():
+            return Lead(settings, steps=steps)
     raise AssertionError(f"no weighting for {settings!r}")

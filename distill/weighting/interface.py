@@ -5,7 +5,7 @@ teacher and any form of target. All ranks hold the same state, because StepStats
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -37,6 +37,10 @@ class Weighting(Protocol):
         """Internal state worth a curve."""
         ...
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `alpha` depends on, as plain JSON."""
+        ...
 
-    def load_state_dict(self, state: dict[str, float]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        ...

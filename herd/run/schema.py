@@ -155,23 +155,25 @@ class ScheduledAlpha(Section):
         return self
 
 
-class GapAlpha(Section):
-    kind: Literal["gap"]
+class LeadAlpha(Section):
+    kind: Literal["lead"]
     peak: Fraction = 0.9
     """Weight of the soft target where the teacher is far ahead."""
-    margin: float = Field(0.05, ge=0.0)
-    """Nats the teacher must be ahead before it is listened to at all (the dead zone)."""
-    width: float = Field(0.1, gt=0.0)
-    """Nats beyond the margin over which the weight rises to its peak."""
-    horizon: int = Field(20, gt=0)
-    """Steps over which the running gap is averaged."""
+    margin: Fraction = 0.06
+    """Lead, as a share of the run's steps, up to which the teacher is not listened to at all (the dead zone)."""
+    width: float = Field(0.06, gt=0.0)
+    """Lead beyond the margin over which the weight rises to its peak."""
+    noise: float = Field(0.05, ge=0.0)
+    """Nats of advantage that are taken for none."""
+    horizon: float = Field(0.05, gt=0.0, le=1.0)
+    """Share of the run's steps the running means reach back."""
 
 
-Weighting = Annotated[ConstantAlpha | ScheduledAlpha | GapAlpha, Field(discriminator="kind")]
+Weighting = Annotated[ConstantAlpha | ScheduledAlpha | LeadAlpha, Field(discriminator="kind")]
 
 
 class Loss(Section):
-    weighting: Weighting = GapAlpha(kind="gap")
+    weighting: Weighting = LeadAlpha(kind="lead")
     """How soft and hard targets are mixed."""
     temperature: float = Field(1.0, gt=0.0)
     """Of the soft targets; their loss is multiplied by its square."""

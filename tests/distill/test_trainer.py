@@ -67,6 +67,18 @@ def test_the_loop_logs_every_step_and_measures_held_out_losses(parts):
     assert len(lines[0]["experts/maverick/load"]) == 2 and len(lines[0]["experts/scout/load"]) == 4
 
 
+def test_accumulated_micro_batches_take_the_steps_of_whole_batches(tmp_path):
+    # Without the balance loss, which is taken per micro-batch: another, equally good, estimate.
+    same = ["run.precision=fp32", "loss.balance=0", "loss.weighting={kind: constant, alpha: 0.5}"]
+    curves = []
+    for micro_rows in (4, 1):
+        config = small_config(tmp_path, *same, f"batch.micro_rows={micro_rows}")
+        assembly = assemble(config, tmp_path)
+        steps = [assembly.herd.take_step(batches_of(assembly, config, step), step) for step in range(4)]
+        curves.append([[step[key] for key in ("teacher/ce", "student/scout/ce", "student/scout/kd")] for step in steps])
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_before_any_weight_moves_and_names_the_parameter(parts):
     assembly, config, _ = parts
     herd: Herd = assembly.herd

@@ -17,7 +17,7 @@ from herd.run.schema import Optim, Weighting
 SETTINGS = [
     {"kind": "constant", "alpha": 0.3},
     {"kind": "schedule", "shape": "cosine", "start": 0.1, "end": 0.8, "begin": 0.2, "until": 0.7},
-    {"kind": "gap", "peak": 0.9, "margin": 0.05, "width": 0.2, "horizon": 10},
+    {"kind": "lead", "peak": 0.9, "margin": 0.1, "width": 0.2, "noise": 0.05, "horizon": 0.05},
 ]
 
 
@@ -52,24 +52,46 @@ def test_a_restored_weight_goes_on_exactly_as_the_original(settings):
     assert follow(original, [0.4, 0.1]) == follow(restored, [0.4, 0.1])
 
 
+def learn(weight, student, teacher):
+    """alpha after each step of these two curves."""
+    alphas = []
+    for step, (ce, target) in enumerate(zip(student, teacher, strict=True)):
+        weight.update(StepStats(step=step, student_ce=ce, teacher_ce=target))
+        alphas.append(weight.alpha(tokens())[0].item())
+    return alphas
+
+
 def test_a_teacher_that_is_never_ahead_gets_no_weight_at_all():
     assert set(follow(make(SETTINGS[2]), [-0.5, 0.0, 0.04, -0.2, 0.05])) == {0.0}
 
 
-def test_a_teacher_far_ahead_gets_the_peak():
-    assert follow(make(SETTINGS[2]), [1.0] * 5) == [pytest.approx(0.9)] * 5
+def test_a_teacher_ahead_by_fewer_steps_than_the_margin_gets_no_weight_at_all():
+    curve = [8.0 - 0.03 * step for step in range(120)]
+    assert set(learn(make(SETTINGS[2]), curve[:100], curve[8:108])) == {0.0}
 
 
-def test_the_weight_falls_as_the_student_catches_up():
-    alphas = follow(make(SETTINGS[2]), [0.3 - 0.01 * step for step in range(40)])
-    assert alphas[0] == pytest.approx(0.9) and alphas[-1] == 0.0
-    assert all(later <= earlier + 1e-9 for earlier, later in zip(alphas, alphas[1:], strict=False))
+def test_a_teacher_far_ahead_of_a_learning_student_gets_the_peak():
+    curve = [8.0 - 0.03 * step for step in range(100)]
+    assert learn(make(SETTINGS[2]), curve, [4.0] * 100)[-1] == pytest.approx(0.9)
+
+
+def test_a_student_that_has_stopped_learning_listens_to_any_better_teacher():
+    alphas = learn(make(SETTINGS[2]), [5.0] * 50, [4.9] * 50)
+    assert alphas[-1] == pytest.approx(0.9)
+
+
+def test_the_lead_of_straight_curves_is_the_steps_between_them():
+    weight = make(SETTINGS[2], steps=100)
+    learn(weight, [9.0 - 0.02 * step for step in range(60)], [9.0 - 0.02 * (step + 25) for step in range(60)])
+    assert weight.gap == pytest.approx(0.5)
+    assert weight.rate == pytest.approx(0.02)
+    assert weight.lead == pytest.approx(0.25)
 
 
 def test_the_running_gap_is_the_bias_corrected_exponential_mean():
     weight, gaps = make(SETTINGS[2]), [0.5, -0.2, 0.3]
     follow(weight, gaps)
-    powers = [0.9**2, 0.9, 1.0]
+    powers = [0.8**2, 0.8, 1.0]
     assert weight.gap == pytest.approx(sum(p * g for p, g in zip(powers, gaps, strict=True)) / sum(powers))
 
 

@@ -39,7 +39,7 @@ def _config(steps: int) -> dict:
             "scout": {"source": "scout-nano", "quantize": ["int4", "fp8"]},
             "maverick": {"source": "maverick-nano", "quantize": ["int4"]},
         },
-        "loss": {"weighting": {"kind": "gap", "peak": 0.9}},
+        "loss": {"weighting": {"kind": "lead", "peak": 0.9}},
     }
 
 

@@ -24,7 +24,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 weightings = st.one_of(
     st.fixed_dictionaries({"kind": st.just("constant")}, optional={"alpha": fractions}),
     st.fixed_dictionaries({"kind": st.just("schedule")}, optional={"shape": st.sampled_from(["linear", "staged"])}),
-    st.fixed_dictionaries({"kind": st.just("gap")}, optional={"peak": fractions, "width": positive}),
+    st.fixed_dictionaries({"kind": st.just("lead")}, optional={"peak": fractions, "width": positive}),
 )
 quantize = st.sampled_from(["int4", "fp8", {"scheme": "int4", "group_size": 32}])
 students = st.fixed_dictionaries(
@@ -157,8 +157,8 @@ def test_an_unknown_key_names_the_nearest_one_of_the_whole_tree(key: str, hint: 
         ("students.tiny.lr=1", "students.tiny.source: missing; give a value (A spec (`scout-nano`), a model folder, or a hub id)"),
         ("students.scout.quantize=[int5]", "students.scout.quantize.0.scheme = int5: must be 'int4' or 'fp8'"),
         ("students.teacher.source=x", "students.teacher: this name is the teacher's; choose another"),
-        ("loss.weighting={peak: 1}", "loss.weighting.kind is missing: must be one of constant, schedule, gap"),
-        ("loss.weighting.kind=magic", "loss.weighting.kind = magic: must be one of constant, schedule, gap"),
+        ("loss.weighting={peak: 1}", "loss.weighting.kind is missing: must be one of constant, schedule, lead"),
+        ("loss.weighting.kind=magic", "loss.weighting.kind = magic: must be one of constant, schedule, lead"),
         ("loss.weighting={kind: schedule, begin: 0.9, until: 0.1}",
          "loss.weighting: begin = 0.9 is after until = 0.1; put them in order"),
         ("batch.micro_rows=3", "batch.micro_rows = 3: must divide batch.rows = 8 at any number of ranks; use one of 1, 2, 4, 8"),
@@ -232,7 +232,7 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
     assert loaded.optim.lr == 0.002
     assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "int4"]
     assert loaded.teacher.overrides == {"num_hidden_layers": 4}
-    assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("gap", 0.5)
+    assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("lead", 0.5)
     assert loaded.tracking.uri is None
 
 

@@ -1,0 +1,90 @@
+"""The dynamic default: listen to the teacher as far as it is ahead of where the student is going anyway.
+
+    lead  = (CE_student - CE_teacher) / (rate at which CE_student falls), as a share of the run's steps
+    alpha = peak * clip((lead - margin) / width, 0, 1)
+
+A teacher two dozen steps ahead knows nothing its student will not know two dozen steps later, and imitating it holds
+the student back; one a third of the run ahead does (docs/weighting.md has the measurements).
+"""
+
+import torch
+
+from distill.losses.kernel import TokenStats
+from distill.weighting.interface import StepStats
+from herd.run.schema import LeadAlpha
+
+SLOW = 3  # the slow mean reaches this many times further back than the fast one
+
+
+class RunningMean:
+    """Exponential mean without the bias of its first steps, and the mean age, in steps, of what it averages."""
+
+    def __init__(self, horizon: float) -> None:
+        self._keep = 1.0 - 1.0 / horizon
+        self._sum, self._weight, self._ages = 0.0, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self._ages = self._keep * (self._ages + self._weight)
+        self._sum = self._keep * self._sum + value
+        self._weight = self._keep * self._weight + 1.0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+    @property
+    def age(self) -> float:
+        return self._ages / self._weight if self._weight else 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"sum": self._sum, "weight": self._weight, "ages": self._ages}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._sum, self._weight, self._ages = state["sum"], state["weight"], state["ages"]
+
+
+class Lead:
+    """One weight for all tokens of a step: a token's own label is noise to gate on, running means are not."""
+
+    def __init__(self, settings: LeadAlpha, *, steps: int) -> None:
+        self._settings, self._steps = settings, steps
+        horizon = max(2.0, settings.horizon * steps)
+        self._gap, self._fast, self._slow = RunningMean(horizon), RunningMean(horizon), RunningMean(SLOW * horizon)
+
+    @property
+    def gap(self) -> float:
+        """Nats the teacher is ahead on batches neither has trained on."""
+        return self._gap.value
+
+    @property
+    def rate(self) -> float:
+        """Nats per step by which the student improves: two means of the same curve, one lagging behind the other."""
+        lag = self._slow.age - self._fast.age
+        return (self._slow.value - self._fast.value) / lag if lag > 0 else 0.0
+
+    @property
+    def lead(self) -> float:
+        """Share of the run the student would need to be where the teacher is, 1 at most; 0 within the noise."""
+        if self.gap <= self._settings.noise or self._slow.age == self._fast.age:
+            return 0.0
+        return min(1.0, self.gap / max(self.rate * self._steps, self.gap))
+
+    def alpha(self, tokens: TokenStats) -> torch.Tensor:
+        s = self._settings
+        weight = s.peak * min(1.0, max(0.0, (self.lead - s.margin) / s.width))
+        return torch.full_like(tokens.student_ce, weight)
+
+    def update(self, stats: StepStats) -> None:
+        self._gap.add(stats.student_ce - stats.teacher_ce)
+        self._fast.add(stats.student_ce)
+        self._slow.add(stats.student_ce)
+
+    def metrics(self) -> dict[str, float]:
+        return {"gap": self.gap, "lead": self.lead}
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"gap": self._gap.state_dict(), "fast": self._fast.state_dict(), "slow": self._slow.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        for name, mean in (("gap", self._gap), ("fast", self._fast), ("slow", self._slow)):
+            mean.load_state_dict(state[name])
