@@ -30,9 +30,7 @@ def build(mode: str, students: dict[str, str], folder: Path) -> Assembly:
 
 def seconds(parts: Assembly, step: int) -> float:
     """CPU seconds of one optimiser step."""
-    batches = parts.rows.take(
-        step, rows=parts.herd.config.batch.rows, micro_rows=parts.micro_rows, rank=0, world=1
-    )
+    batches = parts.rows.take(step, rows=parts.herd.config.batch.rows, micro_rows=parts.micro_rows, rank=0, world=1)
     started = time.process_time()
     parts.herd.take_step(batches, step)
     return time.process_time() - started

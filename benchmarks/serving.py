@@ -2,8 +2,9 @@
 
     python benchmarks/serving.py [--model runs/nano/students/scout] [--prompts 16] [--new-tokens 64]
 
-Without --model, a scout-nano with random weights. A quantised export works if it is dense. vLLM lives in its own environment, .cache/venvs/vllm, made on first
-use; it runs offline in one process (no port is opened). Prints agreement and speed, writes results/serving.json.
+Without --model, a scout-nano with random weights. A quantised export works if it is dense. vLLM has an environment of
+its own, .cache/venvs/vllm, made on first use, and runs offline in one process (no port is opened). Writes
+results/serving.json.
 """
 
 import argparse

@@ -50,7 +50,9 @@ def main() -> None:
                 keys = [key for key in records[0] if key.startswith("time/")]
                 parts = {key: statistics.median(record[key] for record in records) for key in keys}
     ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
-    print(f"1 rank  {statistics.median(speeds[1]):,.0f} tokens/s   2 ranks {statistics.median(speeds[2]):,.0f} tokens/s")
+    print(
+        f"1 rank  {statistics.median(speeds[1]):,.0f} tokens/s   2 ranks {statistics.median(speeds[2]):,.0f} tokens/s"
+    )
     print(f"2 ranks / 1 rank: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
     for key, value in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"  {key.removeprefix('time/'):16} {value:.3f} s of a step on one rank")

@@ -13,12 +13,14 @@ import torch
 import evals
 import quant
 from distill.assembly import Assembly
+from evals.result import table
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
 from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
+from quant.gate_process import GateProcess
 
 NO_LICENCE = "apache-2.0"
 
@@ -48,15 +50,17 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
     """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
-    with evals.Probe() as probe:  # it imports what it needs while the exports are made
+    # Both processes import what they need while the exports are made.
+    with evals.Probe() as probe, GateProcess() as gate:
         exports = {
-            compress(run_folder, student, settings, tracker): run_folder / "students" / student
+            compress(run_folder, student, settings, tracker, gate): run_folder / "students" / student
             for student, wanted in config.students.items()
             for settings in wanted.quantize
         }
-        entries = evaluate_all(config, run_folder, exports, probe)
-    for entry in entries:
-        register(entry, config, tracker)
+        results = evaluate_all(config, run_folder, exports, probe)
+    for result in results:
+        register(result.entry(), config, tracker)
+    print(table(results), flush=True)
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
@@ -64,7 +68,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     print(f"report: {page}", flush=True)
 
 
-def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker) -> Path:
+def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
     name = f"{student}-{settings.scheme}"
     folder = run_folder / "exports" / name
@@ -74,12 +78,12 @@ def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracke
         child = tracker.nested(name, role="export", params=settings.model_dump())
         tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
-        quant.export(quantized, folder, lineage=lineage)
+        quant.export(quantized, folder, lineage=lineage, gate=gate)
         print(f"{name}: exported and checked, {folder}")
     return folder
 
 
-def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[dict]:
+def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[evals.Result]:
     """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows."""
     teacher = teacher_folder(config, run_folder)
     students = [run_folder / "students" / name for name in config.students]
@@ -98,9 +102,8 @@ def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], pr
         made = [export for export, source in exports.items() if source == student]
         reference = evals.load(student) if made else None
         results += [evals.evaluate(export, against=reference, **settings) for export in made]
-    entries = [result.entry() for result in results]
-    evals.add_entries(run_folder / "evals.json", entries)
-    return entries
+    evals.add_entries(run_folder / "evals.json", [result.entry() for result in results])
+    return results
 
 
 def teacher_folder(config: Config, run_folder: Path) -> Path | None:

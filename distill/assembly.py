@@ -1,7 +1,7 @@
 """Brings a run together: tokenizer, rows, teacher and students, checked against each other.
 
-    parts = assemble(config, run_folder)        # after ranks.initialise()
-    parts.herd, parts.tokenizer, parts.rows, parts.heldout
+parts = assemble(config, run_folder)        # after ranks.initialise()
+parts.herd, parts.tokenizer, parts.rows, parts.heldout
 """
 
 import zlib
@@ -19,8 +19,8 @@ from herd.data.corpora import Corpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
 from herd.data.tokenizer import describe_difference, load_tokenizer
 from herd.data.tokenizer_training import open_tokenizer
-from herd.llama4.experts import use_sparse_experts
 from herd.llama4.expert_parallel import experts_divisible
+from herd.llama4.experts import use_sparse_experts
 from herd.llama4.source import is_spec, open_model
 from herd.run import ranks
 from herd.run.config import split_batch
@@ -131,7 +131,7 @@ def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase,
     difference = describe_difference(tokenizer, load_tokenizer(source))
     if difference is not None:
         raise DataError(
-            f"{name}: the tokenizer of {source} differs from the run's: {difference}; soft targets need one vocabulary: "
+            f"{name}: the tokenizer of {source} differs from the run's: {difference}; all must share one: "
             "set tokenizer.path to the teacher's folder, or choose a teacher and students that share one"
         )
     if rows < len(tokenizer):

@@ -1,6 +1,6 @@
 """After a loss that is not finite: name the first parameter, or the first layer's output, that is not.
 
-    first_fault(member, batches) -> "parameter model.layers.3... holds NaN"
+first_fault(member, batches) -> "parameter model.layers.3... holds NaN"
 """
 
 import torch
@@ -18,7 +18,9 @@ def first_fault(member: Member, batches: list[Batch]) -> str:
         fault = _first_output(member, batch)
         if fault is not None:
             return fault
-    return "every parameter and every layer's output on this rank is finite: the fault is in the loss or on another rank"
+    return (
+        "every parameter and every layer's output on this rank is finite: the fault is in the loss or on another rank"
+    )
 
 
 def _first_output(member: Member, batch: Batch) -> str | None:
@@ -29,7 +31,9 @@ def _first_output(member: Member, batch: Batch) -> str | None:
             for tensor in output if isinstance(output, tuple) else (output,):
                 bad = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
                 if bad and not found and not torch.isfinite(tensor).all():
-                    found.append(f"all parameters are finite, but the output of {name} is the first with {_kind(tensor)}")
+                    found.append(
+                        f"all parameters are finite, but the output of {name} is the first with {_kind(tensor)}"
+                    )
 
         return hook
 

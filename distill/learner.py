@@ -45,9 +45,7 @@ class Learner(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    def forward(
-        self, input_ids_BT: torch.Tensor, loss_of: FusedLoss | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, input_ids_BT: torch.Tensor, loss_of: FusedLoss | None = None) -> tuple[torch.Tensor, ...]:
         """(loss, stats_ST, num_tokens, outputs): outputs are hidden_TH, or logits_TV when the head is not plain.
 
         `loss_of(hidden_TH, head_VH)`, or `loss_of(logits_TV, None)` when the head is not plain; without it only

@@ -109,7 +109,9 @@ class Loop:
             logits_TV = model.targets(batch.input_ids_BT).logits(slice(0, len(labels_T))).float()
             loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
             return loss.item(), int((labels_T != -100).sum())
-        _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=self.herd.loss_of(model, labels_T, targets=None))
+        _, stats_ST, count, _ = model.engine(
+            batch.input_ids_BT, loss_of=self.herd.loss_of(model, labels_T, targets=None)
+        )
         model.tap.take()
         return stats_ST[0].double().sum().item(), int(count)
 

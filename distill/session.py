@@ -1,6 +1,6 @@
 """One run from its folder to its report: prepare, train, write models; then compress, evaluate and report on rank 0.
 
-    run(config, resume="auto", command="deepspeed --module distill --config configs/nano.yaml")
+run(config, resume="auto", command="deepspeed --module distill --config configs/nano.yaml")
 """
 
 import datetime
@@ -8,6 +8,8 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+
+import transformers
 
 from distill import aftermath
 from distill.assembly import Assembly, assemble
@@ -28,6 +30,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
     Raises ConfigError, DataError, NumericalError or Interrupted, with MLflow told how it ended.
     """
     ranks.initialise()
+    transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
     resume_from = prepare_folder(config, folder, resume=resume, command=command)
     tracker = open_tracker(
@@ -134,5 +137,3 @@ def without_resume(command: str) -> str:
     words = command.split()
     kept = [w for i, w in enumerate(words) if w != "--resume" and (i == 0 or words[i - 1] != "--resume")]
     return " ".join(w for w in kept if not w.startswith("--resume="))
-
-

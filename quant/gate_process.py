@@ -15,7 +15,6 @@ from types import TracebackType
 
 import torch
 
-import quant
 from herd.run.errors import EnvironmentFault
 from quant.probes import Probe
 from quant.reports import Report
@@ -28,7 +27,7 @@ class GateProcess:
     """`python -m quant.gate --serve` as a context manager; exact logits need its thread count to be the caller's."""
 
     def __enter__(self) -> "GateProcess":
-        root = str(Path(quant.__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[1])
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         environment["HF_HUB_OFFLINE"] = "1"

@@ -123,7 +123,7 @@ class Herd:
         """Forward and backward of one model on one micro-batch; returns its detached outputs."""
         member, labels_T = active[name], batch.labels_BT.flatten()
         loss_of = self.loss_of(member, labels_T, targets=targets, alpha=alpha, normalizer=scale)
-        loss, stats_ST, num_tokens, outputs = member.engine(batch.input_ids_BT, loss_of=loss_of)
+        loss, stats_ST, _, outputs = member.engine(batch.input_ids_BT, loss_of=loss_of)
         routing = member.tap.take()
         total = loss
         if routing and self.config.loss.balance > 0:
@@ -144,12 +144,12 @@ class Herd:
         normalizer: torch.Tensor | None = None,
     ) -> FusedLoss:
         """The loss this model's head computes, as a function of its input."""
-        settings = dict(
-            alpha=alpha,
-            temperature=self.config.loss.temperature,
-            normalizer=normalizer,
-            chunk_tokens=self.config.loss.chunk_tokens,
-        )
+        settings = {
+            "alpha": alpha,
+            "temperature": self.config.loss.temperature,
+            "normalizer": normalizer,
+            "chunk_tokens": self.config.loss.chunk_tokens,
+        }
 
         def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
             if head_VH is None:

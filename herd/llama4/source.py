@@ -39,7 +39,7 @@ def open_model(
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
     if overrides:
         raise ConfigError(
-            f"overrides = {dict(overrides)}: only a model built from a spec can be changed, and {source} exists already; "
+            f"overrides = {dict(overrides)}: only a model built from a spec can be changed, {source} exists already; "
             "remove the overrides or name a spec"
         )
     if not Path(source).is_dir() and source.count("/") != 1:

@@ -93,7 +93,9 @@ def clear_stale_lock(build_folder: Path, *, patience_s: float = PATIENCE_S) -> N
                 say(f"removed {lock}: the process that was building is gone")
             continue
         if time.monotonic() > deadline:
-            raise EnvironmentFault(f"{lock}: held for {patience_s:g} s by process {builders[0]}; end it, then start again")
+            raise EnvironmentFault(
+                f"{lock}: held for {patience_s:g} s by process {builders[0]}; end it, then start again"
+            )
         if not told:
             say(f"waiting for process {builders[0]}, which is building DeepSpeed's CPU op in {build_folder}")
             told = True

@@ -155,10 +155,13 @@ def test_no_two_tensors_of_tokens_times_vocabulary_are_ever_alive():
     assert max(sizes) < tokens * vocabulary / 8
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"temperature": 0.0}, "temperature"),
-    ({"alpha": 1.5}, "alpha"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"alpha": 1.5}, "alpha"),
+    ],
+)
 def test_impossible_settings_are_refused_by_name(change, message):
     hidden, head, labels, teacher = make_problem()
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""The trainer's own parts, in one process: one teacher forward a batch, held-out losses, faults named, mismatches refused.
+"""The trainer's own parts, in one process: teacher forwards, held-out losses, faults named, mismatches refused.
 
 pytest tests/distill/test_trainer.py
 """
@@ -27,10 +27,15 @@ def small_config(folder, *overrides):
     return configuration.load("configs/smoke.yaml", [*SMALL, f"run.folder={folder}", *overrides])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    """A process group of one."""
+    ranks.initialise()
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A teacher and two students on one rank."""
-    ranks.initialise()
     folder = tmp_path_factory.mktemp("parts")
     config = small_config(folder)
     return assemble(config, folder), config, folder
@@ -121,12 +126,13 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_what_differs(parts, t
     other = small_config(tmp_path, "teacher.mode=frozen", f"teacher.source={folder}", "teacher.overrides={}")
     mine = tmp_path / "tokenizer"
     assembly.tokenizer.save_pretrained(mine)
-    with pytest.raises(DataError, match="differs from the run's.*30[01]"):
-        assemble(other.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(mine)})}), tmp_path)
+    with pytest.raises(DataError, match=r"differs from the run's.*30[01]"):
+        assemble(
+            other.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(mine)})}), tmp_path
+        )
 
 
 def test_a_sequence_longer_than_the_model_is_refused(tmp_path):
-    ranks.initialise()
     with pytest.raises(ConfigError, match=r"data\.sequence_length = 9000"):
         assemble(small_config(tmp_path, "data.sequence_length=9000"), tmp_path)
 
@@ -168,4 +174,7 @@ def test_lines_of_steps_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp
 
 
 def test_the_resume_command_has_one_resume():
-    assert without_resume("python -m distill --resume never --config a.yaml --resume=x") == "python -m distill --config a.yaml"
+    assert (
+        without_resume("python -m distill --resume never --config a.yaml --resume=x")
+        == "python -m distill --config a.yaml"
+    )

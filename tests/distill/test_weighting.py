@@ -114,7 +114,7 @@ def test_learning_rate_is_positive_never_above_its_peak_and_rises_then_falls(sch
     optim = Optim(schedule=schedule, warmup=warmup, decay=decay)
     rates = [learning_rate(optim, step, steps=steps, peak=1e-3) for step in range(steps)]
     top = rates.index(max(rates))
-    assert 0 < min(rates) and max(rates) <= 1e-3 * (1 + 1e-12)
+    assert min(rates) > 0 and max(rates) <= 1e-3 * (1 + 1e-12)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert all(b <= a + 1e-15 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
 

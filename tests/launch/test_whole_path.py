@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from herd.run.lineage import read_lineage
 from tests.launch.launcher import launch
 
-
 pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
+
 
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory):

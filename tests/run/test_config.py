@@ -176,14 +176,21 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(
 
 def test_a_head_start_needs_a_teacher_that_trains(tmp_path: Path) -> None:
     message = refusal(written(tmp_path), "teacher.mode=frozen", "teacher.head_start=5")
-    assert "teacher.head_start = 5: a frozen teacher does not train; set it to 0, or teacher.mode to codistill" in message
+    assert (
+        "teacher.head_start = 5: a frozen teacher does not train; set it to 0, or teacher.mode to codistill" in message
+    )
 
 
 def test_several_faults_are_told_at_once_one_a_line(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL + "optim: {lr: x, clip: -1}\nfoo: 1\n")
     header, *lines = refusal(path, "run.stepz=3").splitlines()
     assert header == f"{path} with --set: 4 faults"
-    assert sorted(line.strip().partition(":")[0] for line in lines) == ["foo", "optim.clip = -1", "optim.lr = x", "run.stepz"]
+    assert sorted(line.strip().partition(":")[0] for line in lines) == [
+        "foo",
+        "optim.clip = -1",
+        "optim.lr = x",
+        "run.stepz",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +291,9 @@ def test_the_batch_equation_holds_or_is_spelled_out(rows: int, micro_rows: int |
 
 def test_a_batch_that_does_not_split_names_values_that_do(tmp_path: Path) -> None:
     loaded = config.load(written(tmp_path), ["batch.rows=8"])
-    with pytest.raises(ConfigError, match=r"batch\.rows = 8: .* multiple of 3 \(such as 6 or 9\), or start 1, 2, 4, 8 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"batch\.rows = 8: .* multiple of 3 \(such as 6 or 9\), or start 1, 2, 4, 8 ranks"
+    ):
         config.split_batch(loaded, 3)
     loaded = config.load(written(tmp_path), ["batch.rows=8", "batch.micro_rows=8"])
     with pytest.raises(ConfigError, match=r"has 8 / 2 = 4 rows; use one of 1, 2, 4$"):
@@ -294,7 +303,9 @@ def test_a_batch_that_does_not_split_names_values_that_do(tmp_path: Path) -> Non
 def test_experts_are_spread_over_whole_groups_of_ranks(tmp_path: Path) -> None:
     loaded = config.load(written(tmp_path), ["parallel.expert_parallel=4", "batch.rows=12"])
     assert config.split_batch(loaded, 4) == (3, 1)
-    with pytest.raises(ConfigError, match=r"parallel\.expert_parallel = 4: must divide the 6 ranks; use one of 1, 2, 3, 6"):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.expert_parallel = 4: must divide the 6 ranks; use one of 1, 2, 3, 6"
+    ):
         config.split_batch(loaded, 6)
 
 
@@ -326,4 +337,6 @@ def test_a_diff_shows_every_change_and_a_resume_refuses_only_what_is_computed_ot
 def test_nothing_that_is_not_finite_survives_in_free_mappings(tmp_path: Path) -> None:
     message = refusal(written(tmp_path), "teacher.overrides.rope_theta=.inf")
     assert "teacher.overrides.rope_theta = .inf: must be a finite number" in message
-    assert math.isfinite(config.load(written(tmp_path), ["teacher.overrides.rope_theta=5e5"]).teacher.overrides["rope_theta"])
+    assert math.isfinite(
+        config.load(written(tmp_path), ["teacher.overrides.rope_theta=5e5"]).teacher.overrides["rope_theta"]
+    )
