@@ -14,6 +14,7 @@ import torch
 
 from distill.assembly import Assembly
 from distill.engine import Member
+from herd.data.batches import Batch
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run.errors import Interrupted
 from herd.run.progress import Progress
@@ -39,7 +40,9 @@ class Loop:
     def __init__(self, parts: Assembly, config: Config, run_folder: Path, tracker: Tracker) -> None:
         self.parts, self.config, self.run_folder, self.tracker = parts, config, run_folder, tracker
         self.herd, self.position = parts.herd, Position()
-        self._trackers = {"teacher": tracker}
+        names = (["teacher"] if self.herd.teacher is not None else []) + list(config.students)
+        roles = {name: "teacher" if name == "teacher" else "student" for name in names}
+        self._children = {name: tracker.nested(name, role=role) for name, role in roles.items()}
         self._metrics_file = run_folder / "metrics.jsonl"
 
     def run(self, *, resume_from: Path | None, resume_command: str) -> None:
@@ -103,15 +106,16 @@ class Loop:
         ce_sum, count = ranks.all_reduce_sum(sums).tolist()
         return ce_sum / count
 
-    def _score(self, model: Member | FrozenTeacher, batch) -> tuple[float, int]:
+    def _score(self, model: Member | FrozenTeacher, batch: Batch) -> tuple[float, int]:
         labels_T = batch.labels_BT.flatten()
         if isinstance(model, FrozenTeacher):
             logits_TV = model.targets(batch.input_ids_BT).logits(slice(0, len(labels_T))).float()
             loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
             return loss.item(), int((labels_T != -100).sum())
-        _, stats_ST, count, _ = model.engine(
-            batch.input_ids_BT, loss_of=self.herd.loss_of(model, labels_T, targets=None)
-        )
+        model.engine.eval()
+        loss_of = self.herd.loss_of(model, labels_T, targets=None)
+        _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)
+        model.engine.train()
         model.tap.take()
         return stats_ST[0].double().sum().item(), int(count)
 
@@ -122,14 +126,10 @@ class Loop:
         if ranks.is_main():
             with self._metrics_file.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
-        for name, tracker in self._children().items():
-            tracker.metrics(of_model(metrics, name), step=position.step)
+        for name, child in self._children.items():
+            child.metrics(of_model(metrics, name), step=position.step)
         common = {key: metrics[key] for key in metrics if key.startswith(("time/", "tokens_per_s"))}
         self.tracker.metrics(common | {"tokens": position.tokens}, step=position.step)
-
-    def _children(self) -> dict[str, Tracker]:
-        names = (["teacher"] if self.herd.teacher is not None else []) + list(self.config.students)
-        return {n: self.tracker.nested(n, role="teacher" if n == "teacher" else "student") for n in names}
 
     def _stop(self, resume_command: str) -> None:
         if checkpoints.latest_step(self.run_folder) != self.position.step:
