@@ -117,6 +117,9 @@ def write_model_folder(
     """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config().to_dict()
+    if "attn_temperature_tuning" in text:  # vLLM looks for it here, not in config.json
+        skeleton.generation_config.attn_temperature_tuning = bool(text["attn_temperature_tuning"])
     temporary = folder.with_name(f".{folder.name}.tmp")
     skeleton.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(temporary)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from herd.run import config, config_faults, config_text
 from herd.run.errors import USAGE, ConfigError
-from herd.run.schema import Config
+from herd.run.schema import Config, GapAlpha
 
 MINIMAL = "run: {name: try, steps: 10}\nstudents: {scout: {source: scout-nano}}\n"
 
@@ -124,7 +124,7 @@ def test_an_unknown_key_one_letter_away_suggests_the_nearest(
         ("studnets", "did you mean students?"),
         ("students.scout.quantise", "did you mean students.scout.quantize?"),
         ("loss.weighting.horizons", "did you mean loss.weighting.horizon?"),
-        ("loss.weighting.alpha", "allowed here: kind, peak, margin, width, horizon"),
+        ("loss.weighting.alpha", f"allowed here: {', '.join(GapAlpha.model_fields)}"),
         ("batch.qqqq", "allowed here: rows, micro_rows"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_name_with_dots_is_one_key_once_it_is_there(tmp_path: Path) -> None:
         ("run..steps=3", "write it as KEY=VALUE"),
         ("run.steps=[1", "the value is no YAML"),
         ("run.steps.x=1", "run.steps = 10 has no fields; set it whole"),
-        ("students.scout.quantize.0.scheme=int4", "students.scout.quantize.0: unknown"),
+        ("students.scout.quantize.0.scheme=int4", "students.scout.quantize = {'0': {scheme: int4}}: must be a list"),
     ],
 )
 def test_a_malformed_override_is_refused(override: str, words: str, tmp_path: Path) -> None:

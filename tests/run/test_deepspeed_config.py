@@ -46,7 +46,7 @@ class Spy(dict):
 def test_every_key_we_write_or_pass_through_is_one_deepspeed_reads() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    spy = Spy(built(configured(), world_size=1))
+    spy = Spy(built(configured(run={"name": "try", "steps": 1, "precision": "fp32"}), world_size=1))
     DeepSpeedConfig(spy)
     ours = {*deepspeed_config.OPEN, *(path[0] for path in deepspeed_config.DECIDED), *spy}
     assert ours <= spy.asked
