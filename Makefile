@@ -4,8 +4,8 @@
 PORT ?= 5000
 RANKS ?= 2
 ARGS ?=
-# Tests at a time; 0 is one after another in one process.
-WORKERS ?= 0
+# Test files at a time; 0 is one after another in one process.
+WORKERS ?= 2
 # First Python that is new enough. 3.11 comes first because it is what the tests run on.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$name" && break; done)

@@ -1,0 +1,175 @@
+"""Ranks over gloo: groups, collectives, a stop every rank sees at the same step, and taken ports."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from herd.run import launcher, ranks
+from herd.run.errors import ENVIRONMENT, EnvironmentFault
+
+STEP_UNTIL_STOPPED = """
+import sys, time
+import torch.distributed as dist
+from herd.run import ranks
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=ranks.rank(), world_size=2)
+with ranks.StopFlag() as stop:
+    for step in range(10_000):
+        print(step, flush=True)
+        time.sleep(0.002 * (1 + ranks.rank()))
+        if stop.requested_anywhere():
+            break
+print("stopped", step, flush=True)
+ranks.shut_down()
+"""
+WORK_FOR_EVER = """
+import time
+from herd.run import cli, ranks
+def body():
+    with ranks.StopFlag() as stop:
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+            print(stop.requested, flush=True)
+cli.main_guard(body)
+"""
+COLLECTIVES = """
+import sys
+import torch, torch.distributed as dist
+from herd.run import ranks
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=ranks.rank(), world_size=2)
+mine = torch.tensor([1.0, 10.0 * ranks.rank()], dtype=torch.float64)
+total = ranks.all_reduce_sum(mine)
+ranks.barrier()
+print(total.tolist(), mine.tolist(), ranks.broadcast_text("héllo" if ranks.is_main() else "other"), ranks.is_main())
+print(repr(ranks.broadcast_text("")))
+ranks.shut_down()
+print(ranks.all_reduce_sum(mine).tolist(), ranks.rank())
+"""
+JOIN = """
+import sys
+from herd.run import cli, ranks
+def body():
+    ranks.initialise(timeout_s=20)
+    import torch, torch.distributed as dist
+    print(dist.get_world_size(), ranks.all_reduce_sum(torch.ones(1)).item(), dist.get_backend())
+    ranks.shut_down()
+sys.exit(cli.main_guard(body))
+"""
+
+
+@pytest.fixture
+def two(request: pytest.FixtureRequest, tmp_path: object) -> Iterator[list[subprocess.Popen]]:
+    """The script in `request.param` on two ranks."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", request.param, f"{tmp_path}/meeting"],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    yield children
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def environment(**variables: str) -> dict[str, str]:
+    bare = {name: value for name, value in os.environ.items() if name not in ranks.LAUNCHED}
+    return bare | {"OMP_NUM_THREADS": "1"} | variables
+
+
+@pytest.mark.parametrize("two", [STEP_UNTIL_STOPPED], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    two: list[subprocess.Popen], number: signal.Signals, asked: int
+) -> None:
+    for child in two:
+        child.stdout.readline()
+    time.sleep(0.05)
+    two[asked].send_signal(number)
+    ends = [child.communicate()[0].splitlines()[-1] for child in two]
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("stopped ")
+    assert [child.returncode for child in two] == [0, 0]
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once_and_one_sigterm_does_not() -> None:
+    command = [sys.executable, "-c", WORK_FOR_EVER]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), **pipes) as child:
+        assert child.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            child.send_signal(number)
+            while child.stdout.readline() != "True\n":
+                assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=20) == -signal.SIGINT
+        assert child.stderr.read().count("stopping after this step, with a checkpoint") == 1
+
+
+def test_the_old_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in ranks.SIGNALS]
+    with ranks.StopFlag() as stop:
+        assert not stop.requested_anywhere()
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested_anywhere()
+    assert [signal.getsignal(number) for number in ranks.SIGNALS] == before
+
+
+@pytest.mark.parametrize("two", [COLLECTIVES], indirect=True)
+def test_collectives_give_every_rank_the_same_and_leave_the_input_alone(two: list[subprocess.Popen]) -> None:
+    outputs = [child.communicate()[0].splitlines() for child in two]
+    assert outputs[0] == ["[2.0, 10.0] [1.0, 0.0] héllo True", "''", "[1.0, 0.0] 0"]
+    assert outputs[1] == ["[2.0, 10.0] [1.0, 10.0] héllo False", "''", "[1.0, 10.0] 1"]
+
+
+def test_without_a_launcher_a_group_of_one_forms_and_no_port_is_listened_on() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "1 1.0 gloo", done.stderr
+    assert done.returncode == 0
+
+
+def test_a_taken_port_is_exit_code_3_and_names_a_free_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("0" + ".0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN], env=environment(**launched), capture_output=True, text=True, check=False
+        )
+    assert done.returncode == ENVIRONMENT, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: port {port} on 127.0.0.1 is in use, probably by another run: ")
+    assert "deepspeed --master_port " in last
+
+
+def test_half_of_a_launchers_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ranks.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentFault, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the ranks with"):
+        ranks.initialise()
+
+
+def test_a_rank_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(EnvironmentFault, match="RANK = first: must be a whole number"):
+        launcher.rank()
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ranks.free_port()))
