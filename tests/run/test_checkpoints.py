@@ -63,7 +63,10 @@ def test_a_checkpoint_holds_what_was_written_and_says_so(tmp_path: Path) -> None
     assert checkpoints.facts(path) == {"step": 12, "world_size": 1, "zero": 1}
     assert (checkpoints.latest(tmp_path), checkpoints.latest_step(tmp_path)) == (path, 12)
     marker = json.loads((path / "COMPLETE.json").read_text())
-    assert {name: entry["bytes"] for name, entry in marker["files"].items()} == {"model/state": 10, "model/weights": 1000}
+    assert {name: entry["bytes"] for name, entry in marker["files"].items()} == {
+        "model/state": 10,
+        "model/weights": 1000,
+    }
     checkpoints.verify(path)
     assert [p.name for p in path.parent.iterdir()] == ["step_000012"]
 
@@ -223,7 +226,8 @@ def test_two_ranks_write_hash_and_verify_one_checkpoint_together(tmp_path: Path)
     children = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS, str(tmp_path / "run"), str(tmp_path / "meeting")],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(2)
     ]
@@ -231,4 +235,6 @@ def test_two_ranks_write_hash_and_verify_one_checkpoint_together(tmp_path: Path)
     path = tmp_path / "run" / "checkpoints" / "step_000003"
     assert checkpoints.facts(path) == {"step": 3, "world_size": 2, "zero": 2}
     seen = {(tmp_path / "run" / f"seen.{rank}").read_text() for rank in range(2)}
-    assert seen == {f"{path}/part.1: altered since it was written (SHA-256 differs); name another checkpoint, or --resume auto"}
+    assert seen == {
+        f"{path}/part.1: altered since it was written (SHA-256 differs); name another checkpoint, or --resume auto"
+    }

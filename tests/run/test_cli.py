@@ -53,7 +53,9 @@ def test_help_and_errors_load_nothing_heavy(words: list[str], code: int) -> None
 
 def test_help_is_grouped_and_ends_with_examples() -> None:
     text = run("--help").stdout.partition("MODULES")[0]
-    places = [text.index(part) for part in ("what to run:", "going on:", "planning:", "other:", "examples:\n  demo one")]
+    places = [
+        text.index(part) for part in ("what to run:", "going on:", "planning:", "other:", "examples:\n  demo one")
+    ]
     assert places == sorted(places)
     assert text.endswith("examples:\n  demo one\n  demo two\n")
     assert "local_rank" not in text
@@ -72,7 +74,10 @@ def test_only_rank_0_speaks_for_the_command_line() -> None:
     [
         (["--confg", "x"], "error: --confg: unknown; did you mean --config?"),
         (["--config", "x", "--qqq"], "error: --qqq: unknown ("),
-        (["--config", "x", "--deepspeed"], "error: --deepspeed: the DeepSpeed configuration is generated from --config;"),
+        (
+            ["--config", "x", "--deepspeed"],
+            "error: --deepspeed: the DeepSpeed configuration is generated from --config;",
+        ),
         (["--config", "x", "--deepspeed_config", "y"], "error: --deepspeed_config: the DeepSpeed configuration is gen"),
         (["--config", "x", "--deepspeed_config=y"], "put further keys under deepspeed.extra"),
         (["--config", "x", "--world-size", "0"], "argument --world-size: 0: must be a whole number, 1 or more"),
@@ -102,12 +107,18 @@ def test_the_flags_of_launchers_are_accepted_and_the_rest_is_as_given() -> None:
     ("environment", "command"),
     [
         ({}, "python -m distill --config a --set 'x=[1, 2]'"),
-        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, "deepspeed --num_accelerators 2 --module distill --config a --set 'x=[1, 2]'"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
+            "deepspeed --num_accelerators 2 --module distill --config a --set 'x=[1, 2]'",
+        ),
         (
             {"WORLD_SIZE": "16", "LOCAL_SIZE": "8"},
             "deepspeed --num_nodes 2 --num_accelerators 8 --module distill --config a --set 'x=[1, 2]'",
         ),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 -m distill --config a --set 'x=[1, 2]'"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --nproc_per_node 2 -m distill --config a --set 'x=[1, 2]'",
+        ),
     ],
 )
 def test_the_command_line_can_be_typed_again(
@@ -129,7 +140,11 @@ def test_the_command_line_can_be_typed_again(
         (errors.NumericalError("NaN"), 5, "error: NaN\n"),
         (errors.Interrupted("stopped at step 3; go on with: x"), 75, "stopped at step 3; go on with: x\n"),
         (KeyboardInterrupt(), 130, "interrupted; nothing was saved since the last checkpoint\n"),
-        (OSError(errno.ENOSPC, "No space", "/a/b"), 3, "error: the disk is full (/a/b); free some space, or move run.folder\n"),
+        (
+            OSError(errno.ENOSPC, "No space", "/a/b"),
+            3,
+            "error: the disk is full (/a/b); free some space, or move run.folder\n",
+        ),
     ],
 )
 def test_every_end_has_its_line_and_exit_code(

@@ -63,7 +63,11 @@ def test_deepspeed_parses_what_was_meant(zero: int, precision: str) -> None:
         optim={"clip": 0.5, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3},
     )
     parsed = DeepSpeedConfig(built(config, world_size=1, expert_parallel=2))
-    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (6, 2, 3)
+    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (
+        6,
+        2,
+        3,
+    )
     assert parsed.zero_optimization_stage == zero
     assert parsed.bfloat16_config.enabled is (precision == "bf16")
     assert not parsed.float16_config.enabled
@@ -82,7 +86,11 @@ def test_expert_parallelism_appears_only_where_experts_are_spread() -> None:
 
 
 def test_extra_keys_are_merged_into_the_sections_we_make_and_leave_the_configuration_alone() -> None:
-    extra = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True, "bf16": {"check_grad_overflow": False}}
+    extra = {
+        "zero_optimization": {"overlap_comm": True},
+        "wall_clock_breakdown": True,
+        "bf16": {"check_grad_overflow": False},
+    }
     config = configured(deepspeed={"extra": extra}, parallel={"zero": 2})
     settings = built(config)
     assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
@@ -100,7 +108,7 @@ def test_a_key_that_our_tree_decides_is_refused_naming_our_field(path: str, fiel
     for part in reversed(path.split(".")):
         extra = {part: extra}
     assert list(deepspeed_config.conflicts(extra)) == [f"deepspeed.extra.{path}: decided by {field}; set that"]
-    with pytest.raises(ConfigError, match="^scout: deepspeed.extra"):
+    with pytest.raises(ConfigError, match=r"^scout: deepspeed\.extra"):
         built(configured(deepspeed={"extra": extra}))
 
 

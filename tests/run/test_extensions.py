@@ -110,6 +110,6 @@ def test_the_projects_own_cache_is_used_unless_the_variable_says_otherwise(monke
 
 
 def test_a_failed_build_shows_the_compilers_first_complaint() -> None:
-    log = "Error building extension\n[1/3] c++ ...\nx.cpp:1:10: fatal error: Python.h: No such file or directory\nninja: stop"
+    log = "Error building\n[1/3] c++\nx.cpp:1:10: fatal error: Python.h: No such file or directory\nninja: stop"
     assert extensions._first_error(log) == "x.cpp:1:10: fatal error: Python.h: No such file or directory"
     assert extensions._first_error("ninja is gone\nmore") == "ninja is gone"

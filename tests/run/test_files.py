@@ -126,9 +126,14 @@ def test_want_of_space_is_exit_code_3_in_one_line_and_the_old_content_stays(tmp_
 
 
 def test_a_full_device_is_told_from_other_faults() -> None:
-    with pytest.raises(EnvironmentFault, match=r"cannot write /dev/full: the disk is full; free some space"):
-        with files.disk_faults(Path("/dev/full")), Path("/dev/full").open("wb", buffering=0) as stream:
-            stream.write(b"x")
+    full = Path("/dev/full")
+    words = "cannot write /dev/full: the disk is full; free some space"
+    with (
+        pytest.raises(EnvironmentFault, match=words),
+        files.disk_faults(full),
+        full.open("wb", buffering=0) as stream,
+    ):
+        stream.write(b"x")
     with pytest.raises(PermissionError), files.disk_faults(Path("x")):
         raise PermissionError(1, "no")
 
@@ -142,5 +147,3 @@ def test_too_little_space_names_what_is_needed_and_where(tmp_path: Path) -> None
 def test_a_digest_is_the_one_sha256sum_prints(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert files.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-

@@ -1,9 +1,9 @@
 """Random streams: seeded, told apart by rank, saved as plain values and continued exactly."""
 
 import random
-from pathlib import Path
 
 import numpy
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +20,8 @@ def draws() -> list[float]:
 
 
 @given(seed=st.integers(0, 2**31), before=st.integers(0, 3))
-def test_a_saved_state_continues_exactly(seed: int, before: int, tmp_path_factory) -> None:  # noqa: ANN001
-    path: Path = tmp_path_factory.getbasetemp() / "rng.pt"
+def test_a_saved_state_continues_exactly(seed: int, before: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "rng.pt"
     seed_everything(seed)
     for _ in range(before):
         draws()
