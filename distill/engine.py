@@ -7,14 +7,16 @@ Several members live in one process and share its ranks.
 """
 
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,9 +33,24 @@ MAX_SHARD_SIZE = "5GB"
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's checkpoint files, read without running any code they might carry."""
 
+    def save(self, state_dict: dict, path: str) -> None:
+        # Python before 3.11.4 pickles an enum as a call of getattr, which no safe reader may allow.
+        super().save(without_enums(state_dict), path)
+
     def load(self, path: str, map_location: str | None = None) -> dict:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals([LossScaler, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def without_enums(value: Any) -> Any:
+    """The same nest of dicts, lists and tuples with every enum replaced by its plain value."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, without_enums(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(without_enums(item) for item in value)
+    return value
 
 
 @dataclass

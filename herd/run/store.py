@@ -9,6 +9,7 @@ Nothing here imports MLflow except the creation of a new store.
 import fcntl
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import sqlite3
@@ -90,8 +91,21 @@ def prepare(uri: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with held(path.with_name(".mlflow.lock")):
         if not _complete(path):
-            _create(path, artifact_root(uri))
+            with loggers_kept():
+                _create(path, artifact_root(uri))
     check(uri)
+
+
+@contextmanager
+def loggers_kept() -> Iterator[None]:
+    """MLflow's migrations switch off every logger that exists in the process; switch ours on again."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    speaking = [logger for logger in loggers if not logger.disabled]
+    try:
+        yield
+    finally:
+        for logger in speaking:
+            logger.disabled = False
 
 
 def check(uri: str) -> None:
@@ -145,8 +159,6 @@ def _known_schemas() -> tuple[set[str], str]:
 
 def _create(path: Path, artifacts: str) -> None:
     """Build the database under another name and move it into place, so that a kill never leaves half a schema."""
-    import logging
-
     import mlflow  # noqa: F401 - configures its loggers when imported; quieten them after that
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

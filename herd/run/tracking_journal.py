@@ -53,7 +53,8 @@ class Journal:
         """What the first line says, None when nothing is pending."""
         try:
             with self.path.open("rb") as file:
-                return json.loads(file.readline()).get("journal", NAMELESS)
+                first = file.readline()
+            return json.loads(first).get("journal", NAMELESS) if first else None  # made, not written yet
         except FileNotFoundError:
             return None
         except ValueError:  # its first writer died on the first line

@@ -16,6 +16,7 @@ from herd.run.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a group this process made
 TRAIN_ONLY = Path(__file__).with_name("train_only.py")
 
 
@@ -56,7 +57,8 @@ def start(
     train_only: bool = True,
 ) -> subprocess.Popen:
     """Start a run of the smoke herd in tmp_path/run; `train_only` leaves out what follows training."""
-    environment = os.environ | {
+    outside = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = outside | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
@@ -103,8 +105,9 @@ def wait_for_step(process: subprocess.Popen, tmp_path: Path, step: int) -> None:
 
 
 def rank_processes(process: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks: the leaves below the launcher that carry a LOCAL_RANK."""
+    """Process ids of the ranks, in their order."""
     import psutil
 
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child.pid for child in children if "LOCAL_RANK" in child.environ()]
+    ranks = [child for child in children if any(word.startswith("--local_rank=") for word in child.cmdline())]
+    return [child.pid for child in sorted(ranks, key=lambda child: child.cmdline())]

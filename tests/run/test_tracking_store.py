@@ -1,5 +1,6 @@
 """Which store a run writes to, and what is said about one that cannot be used."""
 
+import logging
 import os
 import shutil
 import sqlite3
@@ -92,3 +93,9 @@ def test_a_store_of_another_mlflow_is_named_with_its_mend_before_training(tmp_pa
     ui = subprocess.run([sys.executable, "-m", "herd.run.ui", "--port", "5999"], capture_output=True, text=True)
     assert (ui.returncode, ui.stdout, ui.stderr.count("\n")) == (3, "", 1)
     assert "other.db: not an MLflow store" in ui.stderr
+
+
+def test_creating_a_store_leaves_other_loggers_speaking(tmp_path):
+    logger = logging.getLogger("herd.somebody.else")
+    prepare(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not logger.disabled
