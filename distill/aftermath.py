@@ -13,6 +13,7 @@ import torch
 import evals
 import quant
 from distill.assembly import Assembly
+from evals.footprint import count_parameters
 from evals.result import table
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
@@ -22,17 +23,18 @@ from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
 from quant.gate_process import GateProcess
 
-NO_LICENCE = "apache-2.0"
+LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
 
 
 def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tracker: Tracker) -> None:
     """Write lineage.json and the model card of a model that was just trained."""
     is_teacher = name == "teacher"
+    role = "teacher" if is_teacher else "student"
     source = config.teacher.source if is_teacher else config.students[name].source
     facts = {
-        "role": "teacher" if is_teacher else "student",
+        "role": role,
         "name": name,
-        "run_id": tracker.run_id,
+        "run_id": tracker.nested(name, role=role).run_id,
         "run_folder": str(config.run.folder / config.run.name),
         "teacher": None if is_teacher or config.teacher.mode == "none" else config.teacher.source,
         "data": config.data.source,
@@ -42,9 +44,9 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
         "tokenizer_digest": tokenizer_digest(parts.tokenizer),
     }
     lineage = write_lineage(folder, **facts)
-    parameters = sum(p.numel() for p in parts.herd.members[name].learner.parameters())
-    base = {} if is_spec(source) else {"base_model": source}
-    model_card(folder, lineage | base | {"architecture": source, "parameters": parameters, "licence": NO_LICENCE})
+    origin = {"licence": LICENCE} if is_spec(source) else {"base_model": source}
+    # Counted in the files: under ZeRO-3 and expert parallelism a rank holds only parts of the parameters.
+    model_card(folder, lineage | origin | {"architecture": source, "parameters": count_parameters(folder)})
 
 
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
