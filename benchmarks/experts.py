@@ -33,6 +33,7 @@ TARGETS = {16: 8.0, 128: 30.0}  # times faster than transformers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPREAD_OF_WEIGHTS = 0.05
 QUICK_RUNS = 5  # runs of each sparse form for one of transformers', which takes seconds
+WARM_UP = QUICK_RUNS  # turns that are not counted
 PEAK_SIDE = 1024
 
 
@@ -100,14 +101,16 @@ def compare(experts: int, dtype_name: str, rounds: int) -> dict[str, Any]:
     """Time the three layers in turn and return medians, ratios and the distance to the floor."""
     dtype = DTYPES[dtype_name]
     layers = make_layers(experts, dtype)
-    x = torch.randn(1, TOKENS, HIDDEN).to(dtype)
     gradient = torch.randn(TOKENS, HIDDEN).to(dtype)
-    for layer in layers.values():
-        run(layer, x, gradient)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(rounds):
-        for name in ["sparse", "autoep"] * QUICK_RUNS + ["transformers"]:
+    for turn in range(rounds * QUICK_RUNS + WARM_UP):
+        # New tokens every time, as in training: each batch is routed in its own way.
+        x = torch.randn(1, TOKENS, HIDDEN).to(dtype)
+        for name in ("sparse", "autoep"):
             seconds[name].append(run(layers[name], x, gradient))
+        if turn % QUICK_RUNS == 0:
+            seconds["transformers"].append(run(layers["transformers"], x, gradient))
+    seconds = {name: values[1 if name == "transformers" else WARM_UP :] for name, values in seconds.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     floor = count_flops(experts) / measure_peak(dtype)
     case = {

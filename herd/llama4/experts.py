@@ -6,7 +6,8 @@ transformers multiplies every token by every expert, a zero score erasing most o
 and each expert sees its own; values and gradients are the same, the router's included.
 """
 
-# Suffixes: T tokens, K experts a token, N = T x K routed rows, E experts, H hidden, I intermediate, G = 2 x I.
+# Suffixes: T tokens, K experts a token, N = T x K routed rows, P = N and the padding between experts, E experts,
+# H hidden, I intermediate, G = 2 x I.
 
 from typing import TypeVar
 
@@ -44,15 +45,36 @@ class SparseMoe(Llama4TextMoe):
         """Map [..., H] to (output_TH, logits_TE), as the class it replaces does."""
         hidden_TH = hidden.reshape(-1, self.hidden_dim)
         scores_TK, logits_TE, experts_TK = self.router(hidden_TH)
-        order_N = torch.argsort(experts_TK.flatten(), stable=True)
-        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.num_experts)
         # The score scales the expert's input and is not detached: this is how the router learns.
-        routed_NH = hidden_TH.index_select(0, order_N // self.top_k)
-        routed_NH = routed_NH * scores_TK.flatten().index_select(0, order_N).unsqueeze(1)
-        routed_NH = self.experts(routed_NH, counts_E)
-        place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        routed_TH = routed_NH.index_select(0, place_N).unflatten(0, (-1, self.top_k)).sum(1)
+        routed_NH = (hidden_TH.unsqueeze(1) * scores_TK.unsqueeze(2)).flatten(0, 1)
+        place_N, counts = place_rows(experts_TK.flatten(), self.num_experts, step=_row_step(hidden_TH))
+        routed_PH = routed_NH.new_zeros(sum(counts), self.hidden_dim).index_copy(0, place_N, routed_NH)
+        routed_PH = self.experts(routed_PH, counts)
+        routed_TH = routed_PH.index_select(0, place_N).unflatten(0, (-1, self.top_k)).sum(1)
         return self.shared_expert(hidden_TH) + routed_TH, logits_TE
+
+
+def place_rows(experts_N: Tensor, num_experts: int, *, step: int) -> tuple[Tensor, list[int]]:
+    """Place of each row in an order by expert, and rows per expert, rounded up to a multiple of `step`.
+
+    Rows of one expert keep their order; places no row takes are padding and come last within an expert.
+    """
+    counts_E = torch.bincount(experts_N, minlength=num_experts)
+    padded_E = (counts_E + step - 1) // step * step
+    order_N = torch.argsort(experts_N, stable=True)
+    shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+    rank_N = torch.arange(len(experts_N), device=experts_N.device)
+    place_N = torch.empty_like(order_N).scatter_(0, order_N, rank_N + shift_E.index_select(0, experts_N[order_N]))
+    return place_N, padded_E.tolist()
+
+
+def _row_step(rows: Tensor) -> int:
+    """What an expert's number of rows is rounded up to.
+
+    On a CPU oneDNN compiles a bf16 kernel for every shape it has not met lately, about 1 ms each, ten times the product
+    itself; routing makes new row counts all the time. Multiples of 16 are few enough to stay compiled.
+    """
+    return 16 if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 else 1
 
 
 class SparseRouter(Llama4Router):
@@ -68,9 +90,9 @@ class SparseRouter(Llama4Router):
 class SparseExperts(Llama4TextExperts):
     """Llama4TextExperts over rows sorted by expert. It reads its own parameters, so ZeRO-3 gathers them for it."""
 
-    def forward(self, routed_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """Send the first counts_E[0] rows through expert 0, the next counts_E[1] through expert 1, ..."""
-        return GroupedSwiglu.apply(routed_NH, self.gate_up_proj, self.down_proj, counts_E.tolist())
+    def forward(self, routed_PH: Tensor, counts: list[int]) -> Tensor:
+        """Send the first counts[0] rows through expert 0, the next counts[1] through expert 1, ..."""
+        return GroupedSwiglu.apply(routed_PH, self.gate_up_proj, self.down_proj, counts)
 
 
 class GroupedSwiglu(torch.autograd.Function):
