@@ -22,9 +22,10 @@ from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from torch import nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from herd.llama4.expert_parallel import autoep_section, install_preset
+from herd.llama4.expert_parallel import install_preset
 from herd.llama4.experts import use_sparse_experts
 from herd.llama4.specs import SPECS
+from herd.run.deepspeed_config import autoep_section
 from herd.run.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"

@@ -10,8 +10,7 @@ import torch
 
 from evals.rows import Rows
 from herd.data.corpora import CACHE, StoredCorpus, StreamedCorpus, open_corpus
-from herd.data.packing import pack_rows
-from herd.data.streams import FIXED_ROWS_PACKED, fixed_batches
+from herd.data.streams import fixed_batches, packed_for_fixed
 from herd.data.tokenizer import load_tokenizer
 from herd.run.schema import Data
 
@@ -32,8 +31,7 @@ def rows_from(
     corpus = open_corpus(data, cache=cache) if corpus is None else corpus
     batches = fixed_batches(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
     # The same packed rows again (they are cached), to look up which document a row's key stands for.
-    limit = rows if isinstance(corpus, StreamedCorpus) else max(rows, FIXED_ROWS_PACKED)
-    packed = pack_rows(corpus, tokenizer, "heldout", data.sequence_length, cache=cache, limit=limit)
+    packed = packed_for_fixed(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
     document_of = dict(zip(packed.keys_N.tolist(), packed.first_N2[:, 0].tolist(), strict=True))
     keys_N = torch.cat([batch.keys_B for batch in batches]).tolist()
     return Rows(

@@ -97,6 +97,21 @@ def open_rows(
     return RowStream(pack_rows(corpus, tokenizer, part, length, cache=cache), seed=seed)
 
 
+def packed_for_fixed(
+    data: Data,
+    tokenizer: PreTrainedTokenizerFast,
+    part: Part,
+    *,
+    rows: int,
+    corpus: StoredCorpus | StreamedCorpus | None = None,
+    cache: Path = CACHE,
+) -> PackedRows:
+    """The packed rows that `fixed_batches` chooses its `rows` among."""
+    corpus = open_corpus(data, cache=cache) if corpus is None else corpus
+    limit = rows if isinstance(corpus, StreamedCorpus) else max(rows, FIXED_ROWS_PACKED)
+    return pack_rows(corpus, tokenizer, part, data.sequence_length, cache=cache, limit=limit)
+
+
 def fixed_batches(
     data: Data,
     tokenizer: PreTrainedTokenizerFast,
@@ -112,8 +127,6 @@ def fixed_batches(
     They are spread over the part's documents and depend on neither the run's seed nor the ranks; more rows hold the
     fewer as their beginning. The last batch may be smaller.
     """
-    corpus = open_corpus(data, cache=cache) if corpus is None else corpus
-    limit = rows if isinstance(corpus, StreamedCorpus) else max(rows, FIXED_ROWS_PACKED)
-    packed = pack_rows(corpus, tokenizer, part, data.sequence_length, cache=cache, limit=limit)
+    packed = packed_for_fixed(data, tokenizer, part, rows=rows, corpus=corpus, cache=cache)
     indices = shuffled(np.arange(min(rows, len(packed))), count=len(packed), key=(0,))
     return [batch_of(packed, indices[at : at + rows_per_batch]) for at in range(0, len(indices), rows_per_batch)]

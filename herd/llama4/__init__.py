@@ -26,7 +26,6 @@ _HOMES = {
     "balance_loss": "balance",
     "install_preset": "expert_parallel",
     "experts_divisible": "plan",
-    "autoep_section": "expert_parallel",
     "full_state_dict": "expert_parallel",
     "Plan": "plan",
     "plan": "plan",

@@ -1,7 +1,6 @@
 """Expert parallelism: Llama 4 for DeepSpeed's AutoEP, and the way back to Hugging Face names.
 
     install_preset()                                       # before deepspeed.initialize
-    ds_config["expert_parallel"] = autoep_section(2)
     state = full_state_dict(engine)                        # every rank calls; rank 0 gets the weights
 
 The only file that touches AutoEP's internals (written for DeepSpeed 0.19.8; a test pins each of them).
@@ -9,7 +8,6 @@ The only file that touches AutoEP's internals (written for DeepSpeed 0.19.8; a t
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import deepspeed
 import torch
@@ -28,9 +26,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from herd.llama4.plan import experts_divisible as experts_divisible  # asked for here by those who spread experts
+from herd.run.deepspeed_config import AUTOEP_PRESET as PRESET
 from herd.run.errors import ConfigError
-
-PRESET = "llama4"
 
 
 class _RecordedGate(Llama4Router):
@@ -89,11 +86,6 @@ def install_preset() -> None:
         hf_model_types=("llama4_text", "llama4"),
     )
     registry._PRESET_ADAPTERS[PRESET] = _Llama4Adapter()
-
-
-def autoep_section(expert_parallel: int) -> dict[str, Any]:
-    """Return the `expert_parallel` section of a DeepSpeed configuration that spreads Llama 4's experts."""
-    return {"enabled": True, "autoep_size": expert_parallel, "preset_model": PRESET}
 
 
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor] | None:

@@ -105,12 +105,13 @@ def build(
     if config.run.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     if expert_parallel > 1:
-        settings["expert_parallel"] = {
-            "enabled": True,
-            "autoep_size": expert_parallel,
-            "preset_model": AUTOEP_PRESET,
-        }
+        settings["expert_parallel"] = autoep_section(expert_parallel)
     return _merged(settings, extra)
+
+
+def autoep_section(expert_parallel: int) -> dict[str, Any]:
+    """The `expert_parallel` section that spreads a layer's experts over this many ranks."""
+    return {"enabled": True, "autoep_size": expert_parallel, "preset_model": AUTOEP_PRESET}
 
 
 def conflicts(extra: dict[str, Any]) -> Iterator[str]:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from herd.llama4.balance import ExpertLoad, RouterTap, balance_loss
-from herd.llama4.expert_parallel import autoep_section, full_state_dict, install_preset
+from herd.llama4.expert_parallel import full_state_dict, install_preset
 from herd.llama4.experts import use_sparse_experts
 from herd.llama4.model import build
+from herd.run.deepspeed_config import autoep_section
 
 STEPS, ROWS, LENGTH, LR, CLIP = 6, 4, 48, 1e-2, 1.0
 OVERRIDES = {

@@ -12,9 +12,10 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets import base, registry
 from safetensors.torch import load_file
 
-from herd.llama4.expert_parallel import PRESET, autoep_section, experts_divisible, install_preset
+from herd.llama4.expert_parallel import PRESET, experts_divisible, install_preset
 from herd.llama4.model import build
 from herd.llama4.specs import SPECS
+from herd.run.deepspeed_config import autoep_section
 from herd.run.errors import ConfigError
 from tests.llama4.parallel_worker import CASES, CLIP, LR, make_batches, make_model
 
