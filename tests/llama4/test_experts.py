@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextMoe
 
-from herd.llama4.experts import GroupedSwiglu, SparseMoe, use_sparse_experts
+from herd.llama4.experts import GroupedSwiglu, SparseMoe, place_rows, use_sparse_experts
 from herd.llama4.model import build
 from herd.llama4.specs import SPECS
 from herd.run.errors import ConfigError
@@ -97,6 +97,19 @@ def test_grouped_swiglu_equals_a_float64_loop_whatever_is_empty_or_frozen(counts
     torch.testing.assert_close(got, torch.cat(reference))
     expected_gradients = torch.autograd.grad(torch.cat(reference), learning, grad)
     torch.testing.assert_close(torch.autograd.grad(got, learning, grad), expected_gradients)
+
+
+@given(experts=st.lists(st.integers(0, 5), max_size=40), step=st.sampled_from([1, 4, 16]))
+@settings(max_examples=60, deadline=None)
+def test_rows_stand_expert_by_expert_in_their_order_with_padding_last(experts, step):
+    place_N, counts = place_rows(torch.tensor(experts, dtype=torch.int64), 6, step=step)
+    expected, start = {}, 0
+    for expert in range(6):
+        rows = [row for row, chosen in enumerate(experts) if chosen == expert]
+        assert counts[expert] == -(-len(rows) // step) * step
+        expected |= {row: start + rank for rank, row in enumerate(rows)}
+        start += counts[expert]
+    assert place_N.tolist() == [expected[row] for row in range(len(experts))]
 
 
 def test_a_gradient_that_is_expanded_or_strided_is_accepted():
