@@ -1,9 +1,9 @@
-"""Does the herd beat its control? The same student, seeds and batches with a good, an immature and no teacher.
+"""Does the herd beat its control? The same students, seeds and batches with a good, an immature and no teacher.
 
-    python benchmarks/quality.py [--seeds 3] [--workers 2] [--steps 400]
+    python benchmarks/quality.py [--seeds 3] [--workers 2]
 
-Each run is a real `python -m distill` in runs/quality/; finished ones are not run again. Prints paired differences
-with 95 % intervals over seeds and writes benchmarks/results/quality.json.
+Each run is a real `python -m distill` in runs/quality/; finished ones are not run again. Prints differences to the
+control, paired by seed, with 95 % intervals over seeds, and writes benchmarks/results/quality.json.
 """
 
 import argparse
@@ -12,25 +12,51 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import t as student_t
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "quality"
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 TEACHER = "behemoth-1000"
-GOOD = ["teacher.mode=frozen", f"teacher.source={RUNS / TEACHER / 'students' / 'behemoth'}"]
-CASES = {
-    "alone": ["teacher.mode=none"],
-    "good teacher": GOOD,
-    "immature teacher": ["teacher.mode=codistill"],
-    "good teacher, constant 0.9": [*GOOD, "loss.weighting={kind: constant, alpha: 0.9}"],
-}
+ONE_STUDENT, HERD = "configs/experiments/student.yaml", "configs/nano.yaml"
+GOOD = ("teacher.mode=frozen", f"teacher.source={RUNS / TEACHER / 'students' / 'behemoth'}")
+HERD_ONLY_TRAINED = (
+    "students.scout.quantize=[]",
+    "students.maverick.quantize=[]",
+    "data.heldout_rows=256",
+    "evaluation.decode_tokens=0",
+    "tracking.enabled=false",
+)
 
 
-def distill(config: str, name: str, settings: list[str]) -> dict[str, float]:
-    """Run once, unless it was; returns the last held-out losses by model."""
+@dataclass(frozen=True)
+class Case:
+    """One row of the table, compared with the case called `control` seed by seed."""
+
+    name: str
+    config: str
+    control: str
+    settings: tuple[str, ...]
+
+
+CASES = (
+    Case("alone", ONE_STUDENT, "alone", ("teacher.mode=none",)),
+    Case("good teacher", ONE_STUDENT, "alone", GOOD),
+    Case("immature teacher", ONE_STUDENT, "alone", ("teacher.mode=codistill",)),
+    Case("good teacher, constant 0.9", ONE_STUDENT, "alone", (*GOOD, "loss.weighting={kind: constant, alpha: 0.9}")),
+    # Alpha 0 keeps the teacher and its head start, so that both herds read the same batches.
+    Case("herd's control", HERD, "herd's control", (*HERD_ONLY_TRAINED, "loss.weighting={kind: constant, alpha: 0}")),
+    Case("herd", HERD, "herd's control", HERD_ONLY_TRAINED),
+)
+
+
+def distill(config: str, name: str, settings: tuple[str, ...]) -> dict[str, float]:
+    """Run once, unless it was; returns the last held-out loss of every model, and the mean alpha of every student."""
     folder = RUNS / name
     if not (folder / "evals.json").exists():
         sets = [f"run.folder={RUNS}", f"run.name={name}", *settings]
@@ -41,10 +67,22 @@ def distill(config: str, name: str, settings: list[str]) -> dict[str, float]:
                 command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=log, stderr=log
             )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in reversed(lines) if any(key.startswith("heldout/") for key in line))
-    losses = {key.removeprefix("heldout/"): value for key, value in last.items() if key.startswith("heldout/")}
-    alphas = [line["student/scout/alpha"] for line in lines if "student/scout/alpha" in line]
-    return losses | ({"alpha": statistics.mean(alphas)} if alphas else {})
+    losses = {key: value for line in lines for key, value in line.items() if key.startswith("heldout/")}
+    alphas = {key: [line[key] for line in lines if key in line] for key in lines[-1] if key.endswith("/alpha")}
+    return losses | {key: statistics.mean(values) for key, values in alphas.items()}
+
+
+def run_all(seeds: int, workers: int) -> dict[tuple[str, int], dict[str, float]]:
+    """Every case with every seed, `workers` at a time, one thread each."""
+
+    def run(job: tuple[Case, int]) -> dict[str, float]:
+        case, seed = job
+        name = "-".join(case.name.replace(",", "").replace("'", "").split()) + f"-{seed}"
+        return distill(case.config, name, (f"run.seed={seed}", *case.settings))
+
+    jobs = [(case, seed) for seed in range(seeds) for case in CASES]
+    with ThreadPoolExecutor(workers) as pool:
+        return {(case.name, seed): out for (case, seed), out in zip(jobs, pool.map(run, jobs), strict=True)}
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -56,54 +94,52 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return (mean - half, mean + half)
 
 
+def compare(results: dict[tuple[str, int], dict[str, float]], seeds: int, good_teacher: float) -> Iterator[dict]:
+    """One row per case and student: losses, differences to the control, share of the gap to the teacher closed."""
+    for case in CASES:
+        for student in ("scout",) if case.config == ONE_STUDENT else ("scout", "maverick"):
+            ours = [results[case.name, seed] for seed in range(seeds)]
+            losses = [out[f"heldout/{student}"] for out in ours]
+            controls = [results[case.control, seed][f"heldout/{student}"] for seed in range(seeds)]
+            # A run without a teacher, or with one that learns from scratch, is measured against the good one.
+            measured = case.config == HERD
+            teachers = [out["heldout/teacher"] if measured else good_teacher for out in ours]
+            differences = [loss - control for loss, control in zip(losses, controls, strict=True)]
+            pairs = zip(differences, controls, teachers, strict=True)
+            yield {
+                "case": case.name,
+                "student": student,
+                "heldout_nats": losses,
+                "mean": statistics.mean(losses),
+                "difference": statistics.mean(differences),
+                "difference_ci95": interval(differences),
+                "worst_difference": max(differences),
+                "gap_closed": statistics.mean(d / (teacher - control) for d, control, teacher in pairs),
+                "mean_alpha": [out.get(f"student/{student}/alpha", 0.0) for out in ours],
+                "teacher_nats": [out.get("heldout/teacher") for out in ours],
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    teacher = distill("configs/experiments/teacher.yaml", TEACHER, [])["behemoth"]
-    jobs = [(case, seed) for seed in range(arguments.seeds) for case in CASES]
-
-    def run(job: tuple[str, int]) -> dict[str, float]:
-        case, seed = job
-        name = f"{case.replace(', ', '-').replace(' ', '-')}-{seed}"
-        settings = [f"run.seed={seed}", f"run.steps={arguments.steps}", f"run.checkpoint_every={arguments.steps}"]
-        return distill("configs/experiments/student.yaml", name, settings + CASES[case])
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        results = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    report(results, teacher, arguments.seeds)
-
-
-def report(results: dict[tuple[str, int], dict[str, float]], teacher: float, seeds: int) -> None:
-    """Print and write the table: held-out nats, difference to alone, share of the gap to the good teacher closed."""
-    rows = []
-    alone = [results["alone", seed]["scout"] for seed in range(seeds)]
-    for case in CASES:
-        losses = [results[case, seed]["scout"] for seed in range(seeds)]
-        differences = [loss - control for loss, control in zip(losses, alone, strict=True)]
-        closed = [(control - loss) / (control - teacher) for loss, control in zip(losses, alone, strict=True)]
-        row = {
-            "case": case,
-            "heldout_nats": losses,
-            "mean": statistics.mean(losses),
-            "difference_to_alone": statistics.mean(differences),
-            "difference_ci95": interval(differences),
-            "gap_closed": statistics.mean(closed),
-            "mean_alpha": [results[case, seed].get("alpha", 0.0) for seed in range(seeds)],
-            "teacher_nats": [results[case, seed].get("teacher") for seed in range(seeds)],
-        }
-        rows.append(row)
+    good_teacher = distill("configs/experiments/teacher.yaml", TEACHER, ())["heldout/behemoth"]
+    rows = list(compare(run_all(arguments.seeds, arguments.workers), arguments.seeds, good_teacher))
+    print(
+        f"good teacher {good_teacher:.4f} nats; {arguments.seeds} seeds, intervals over seeds, paired with the control"
+    )
+    for row in rows:
         low, high = row["difference_ci95"]
         print(
-            f"{case:28} {row['mean']:.4f} nats   to alone {row['difference_to_alone']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            f"   gap closed {row['gap_closed']:.0%}   mean alpha {statistics.mean(row['mean_alpha']):.2f}"
+            f"{row['case']:27}{row['student']:9} {row['mean']:.4f} nats   to control {row['difference']:+.4f} "
+            f"[{low:+.4f}, {high:+.4f}], worst {row['worst_difference']:+.4f}   gap closed {row['gap_closed']:4.0%}   "
+            f"mean alpha {statistics.mean(row['mean_alpha']):.2f}"
         )
-    print(f"{'the good teacher itself':28} {teacher:.4f} nats; {seeds} seeds, intervals over seeds, paired")
-    target = ROOT / "benchmarks" / "results" / "quality.json"
-    target.write_text(json.dumps({"teacher_nats": teacher, "seeds": seeds, "rows": rows}, indent=1) + "\n")
+    result = {"good_teacher_nats": good_teacher, "seeds": arguments.seeds, "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
