@@ -14,7 +14,7 @@ import evals
 import quant
 from distill.assembly import Assembly
 from evals.footprint import count_parameters
-from evals.result import table
+from evals.result import summary
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
@@ -62,7 +62,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
         results = evaluate_all(config, run_folder, exports, probe)
     for result in results:
         register(result.entry(), config, tracker)
-    print(table(results), flush=True)
+    print(f"\n{summary(results)}\n", flush=True)
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")

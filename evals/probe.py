@@ -70,7 +70,11 @@ class Probe:
 
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer every request line with one line of JSON, each measured in a forked child of this idle process."""
+    import transformers
+
     import evals.loading  # noqa: F401 - the children share these imports
+
+    transformers.utils.logging.disable_progress_bar()
 
     for line in requests:
         child = os.fork()

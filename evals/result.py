@@ -1,7 +1,8 @@
 """The outcome of one evaluation: typed numbers, the entry written to evals.json, and the table people read.
 
 add_entries("runs/nano/evals.json", [result.entry()])
-print(table([result]))
+print(table([result]))            # a block a model
+print(summary([result]))          # a line a model
 """
 
 import json
@@ -82,6 +83,27 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
 def table(results: Iterable[Result]) -> str:
     """Plain text, one block a model: what was measured, its value, its 95 % interval."""
     return "\n\n".join("\n".join(_lines(result)) for result in results)
+
+
+def summary(results: Iterable[Result]) -> str:
+    """Plain text, one line a model: what decides between artefacts."""
+    header = ("model", "held-out nats [95 %]", "KL to reference, mean", "weights", "bits each", "decoding")
+    rows = [header, *(_cells(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    interval, speed = result.heldout_ci95, result.decode_tokens_per_s
+    return (
+        result.name,
+        f"{result.heldout_nats:.4f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else ""),
+        "" if result.reference is None else f"{result.kl_mean:.5f} ({result.reference})",
+        f"{result.bytes_on_disk / 1e6:.2f} MB",
+        f"{result.bits_per_weight:.2f}",
+        "" if speed is None else f"{speed:.0f} tokens/s",
+    )
 
 
 def _lines(result: Result) -> list[str]:

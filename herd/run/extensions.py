@@ -41,6 +41,10 @@ def prepare() -> None:
     left behind is removed with a line on stderr. Raises EnvironmentFault when the op cannot be compiled.
     """
     folder = use_project_folder()
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it looked for another in vain
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

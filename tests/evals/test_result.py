@@ -1,12 +1,13 @@
 """evals.json keeps one entry a model folder; the table says every number with its unit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from evals.intervals import Interval
-from evals.result import Result, add_entries, table
+from evals.result import Result, add_entries, summary, table
 from herd.run.errors import DataError
 
 RESULT = Result(
@@ -81,3 +82,17 @@ def test_the_table_shows_what_was_measured_and_leaves_out_what_was_not() -> None
     ):
         assert shown in text
     assert "peak memory" not in text
+
+
+def test_the_summary_gives_every_model_one_line_under_its_headings() -> None:
+    teacher = replace(RESULT, name="teacher", reference=None, decode_tokens_per_s=None, heldout_ci95=None)
+    header, first, second = summary([teacher, RESULT]).splitlines()
+    assert first.split() == ["teacher", "4.6192", "4.02", "MB", "6.69"]
+    assert second.startswith("scout-int4")
+    for heading, shown in (
+        ("held-out", "4.6192 [4.530, 4.700]"),
+        ("KL", "0.01234 (scout)"),
+        ("weights", "4.02 MB"),
+        ("decoding", "92 tokens/s"),
+    ):
+        assert second.startswith(shown, header.index(heading))
