@@ -48,7 +48,6 @@ CASES = (
     Case("alone", ONE_STUDENT, "alone", ("teacher.mode=none",)),
     Case("good teacher", ONE_STUDENT, "alone", GOOD),
     Case("immature teacher", ONE_STUDENT, "alone", ("teacher.mode=codistill",)),
-    Case("good teacher, constant 0.9", ONE_STUDENT, "alone", (*GOOD, "loss.weighting={kind: constant, alpha: 0.9}")),
     # Alpha 0 keeps the teacher and its head start, so that both herds read the same batches.
     Case("herd's control", HERD, "herd's control", (*HERD_ONLY_TRAINED, "loss.weighting={kind: constant, alpha: 0}")),
     Case("herd", HERD, "herd's control", HERD_ONLY_TRAINED),
