@@ -23,7 +23,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> Llama4ForCausalLM:
-    """Return a freshly initialised model: normal(0, 0.02) weights, norms at one.
+    """Return a freshly initialised model: embeddings normal(0, 1), other weights normal(0, 0.02), norms at one.
 
     With `seed` the weights depend on it alone and the global random state is left untouched; without, they are drawn
     from the global state. Weights are drawn in fp32 and then cast, so dtypes share one initialisation.
@@ -35,6 +35,10 @@ def build(
         if seed is not None:
             torch.manual_seed(seed)
         model = Llama4ForCausalLM(config)
+    if not config.tie_word_embeddings:
+        # As small as the other weights, a token's own vector drowns in what the first blocks add to it, all of them
+        # near noise: nano models then stay at the unigram loss for long (docs/experiments.md).
+        model.get_input_embeddings().weight.data.div_(config.initializer_range)
     # Parameters only: Module.to would also round the RoPE frequencies (see restore_rope).
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

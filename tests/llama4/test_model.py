@@ -37,7 +37,14 @@ def test_the_weights_start_normal_with_the_configured_spread():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+            spread = 1.0 if "embed_tokens" in name else 0.02
+            assert parameter.std().item() == pytest.approx(spread, rel=0.1), name
+
+
+def test_embeddings_that_are_the_head_too_start_small():
+    model = build("scout-nano", overrides=SMALL | {"tie_word_embeddings": True}, seed=0)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_bf16_rounds_the_same_weights_and_keeps_rope_exact():
