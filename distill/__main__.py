@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
             plan.show(config, world_size=arguments.world_size, mfu=arguments.mfu)
             return
+        from herd.run import extensions
+
+        extensions.choose_accelerator()
         from distill import session
 
         session.run(config, resume=arguments.resume, command=cli.command_line("distill", argv))

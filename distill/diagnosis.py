@@ -1,21 +1,25 @@
 """After a loss that is not finite: name the first parameter, or the first layer's output, that is not.
 
-first_fault(member, batches) -> "parameter model.layers.3... holds NaN"
+first_fault(model, forward, batches) -> "parameter model.layers.3... holds NaN"
 """
 
-import torch
+from collections.abc import Callable
 
-from distill.engine import Member
+import torch
+from torch import nn
+
 from herd.data.batches import Batch
 
+Forward = Callable[[Batch], object]
 
-def first_fault(member: Member, batches: list[Batch]) -> str:
-    """One clause. Parameters are looked at in the model's order; if all are finite, the forward is run again."""
-    for name, parameter in member.learner.model.named_parameters():
+
+def first_fault(model: nn.Module, forward: Forward, batches: list[Batch]) -> str:
+    """One clause. Parameters are looked at in the model's order; if all are finite, `forward` is run on the batches."""
+    for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name} holds {_kind(parameter)}"
     for batch in batches:
-        fault = _first_output(member, batch)
+        fault = _first_output(model, forward, batch)
         if fault is not None:
             return fault
     return (
@@ -23,11 +27,11 @@ def first_fault(member: Member, batches: list[Batch]) -> str:
     )
 
 
-def _first_output(member: Member, batch: Batch) -> str | None:
+def _first_output(model: nn.Module, forward: Forward, batch: Batch) -> str | None:
     found: list[str] = []
 
     def watch(name: str):
-        def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
             for tensor in output if isinstance(output, tuple) else (output,):
                 bad = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
                 if bad and not found and not torch.isfinite(tensor).all():
@@ -37,13 +41,12 @@ def _first_output(member: Member, batch: Batch) -> str | None:
 
         return hook
 
-    leaves = [(name, m) for name, m in member.learner.model.named_modules() if not any(m.children())]
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
     with torch.no_grad():
-        member.engine(batch.input_ids_BT)
+        forward(batch)
     for handle in handles:
         handle.remove()
-    member.tap.take()
     return found[0] if found else None
 
 

@@ -6,6 +6,7 @@ run(config, resume="auto", command="deepspeed --module distill --config configs/
 import datetime
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distill.assembly import Assembly, assemble
 from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run import config as configuration
-from herd.run.errors import ConfigError, DataError, Interrupted
+from herd.run.errors import ConfigError, DataError, HerdError, Interrupted
 from herd.run.lineage import git_commit
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
@@ -32,6 +33,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
+    ours = ranks.is_main() and not folder.exists()
     resume_from = prepare_folder(config, folder, resume=resume, command=command)
     tracker = open_tracker(
         folder,
@@ -51,8 +53,10 @@ def run(config: Config, *, resume: str, command: str) -> None:
     except Interrupted:
         tracker.finish("KILLED")
         raise
-    except BaseException:
+    except BaseException as error:
         tracker.finish("FAILED")
+        if ours and isinstance(error, HerdError) and checkpoints.never_stepped(folder):
+            shutil.rmtree(folder)  # so that the mended command can be given again as it is
         raise
     tracker.finish("FINISHED")
 

@@ -93,6 +93,8 @@ def _check(arguments: argparse.Namespace) -> Data:
         folder = getattr(arguments, option)
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"--{option} {folder}: no such folder; give the folder of a saved model")
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: {arguments.out.parent} is no folder; make it first")
     return _data(arguments)
 
 
@@ -121,9 +123,13 @@ def _run(arguments: argparse.Namespace, data: Data) -> "Result":
 
     from evals.evaluation import evaluate
     from evals.heldout import rows_from
-    from evals.loading import check_folder
+    from evals.loading import check_device, check_folder
+    from evals.result import read_entries
 
     logging.disable_progress_bar()
+    check_device(arguments.device)
+    if arguments.out is not None:
+        read_entries(arguments.out)  # a file that is something else is refused before the work, not after
     check_folder(arguments.model)
     rows = rows_from(data, arguments.model, rows=arguments.rows)
     result = evaluate(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ import quant
 from evals.footprint import measure_disk
 from herd.data.tokenizer import load_tokenizer
 from herd.llama4 import use_sparse_experts
-from herd.run.errors import ConfigError, DataError
+from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from herd.run.lineage import read_lineage
 
 
@@ -49,6 +50,19 @@ def check_folder(folder: Path) -> None:
     measure_disk(folder)
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError for a name torch does not know, EnvironmentFault for a device this machine does not offer."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device}: no such kind of device; use cpu, cuda or cuda:N") from None
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, ImportError) as cause:
+        reason = str(cause).partition("\n")[0]
+        raise EnvironmentFault(f"--device {device}: not usable on this machine ({reason}); use --device cpu") from cause
+
+
 def load_model(folder: Path, *, device: str = "cpu") -> PreTrainedModel:
     """The model alone, in the type it was saved in, evaluation mode, Llama 4 experts dispatched sparsely."""
     config = json.loads((folder / "config.json").read_text())
@@ -64,7 +78,7 @@ def _load_plain(folder: Path) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    except (SafetensorError, OSError, ValueError) as cause:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as cause:  # the last: shapes that differ
         raise DataError(f"{folder}: cannot be loaded ({' '.join(str(cause).split())[:200]})") from cause
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

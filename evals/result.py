@@ -66,17 +66,18 @@ class Result:
 def add_entries(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
     """Put entries into an evals.json; an entry about the same model folder replaces the earlier one in its place."""
     path = Path(path)
-    kept = {entry["path"]: entry for entry in _read_entries(path)}
+    kept = {entry["path"]: entry for entry in read_entries(path)}
     kept.update({entry["path"]: dict(entry) for entry in entries})
     write_atomic(path, json.dumps({"entries": list(kept.values())}, indent=2) + "\n")
 
 
-def _read_entries(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of an evals.json, none when there is no file. Raises DataError for a file that is something else."""
     if not path.exists():
         return []
     try:
         return json.loads(path.read_text())["entries"]
-    except (json.JSONDecodeError, KeyError, TypeError) as cause:
+    except (ValueError, KeyError, TypeError) as cause:
         raise DataError(f"{path}: not a list of evaluations ({cause}); remove it or name another file") from cause
 
 

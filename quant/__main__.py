@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
+from herd.run.errors import ConfigError
+from herd.run.schema import Quantize
 
 if TYPE_CHECKING:
     from quant.plans import Plan
+
+GROUP_SIZE = Quantize.model_fields["group_size"].default
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, type=Path, metavar="DIR", help="unquantised model folder (safetensors)")
     add("--scheme", required=True, choices=("int4", "fp8"), help="int4: weights in groups; fp8: E4M3")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
-    add(
-        "--group-size", type=int, default=64, metavar="N", help="int4 weights that share a scale: 32, 64 (default), 128"
-    )
+    add("--group-size", type=int, metavar="N", help="int4 weights that share a scale: 32, 64 (default), 128")
     add(
         "--ignore", action="append", default=[], metavar="PATTERN",
         help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; may be repeated",
@@ -56,17 +58,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Everything that can be refused before the heavy imports; fills in the group size of int4."""
+    if not options.model.is_dir():
+        raise ConfigError(f"--model {options.model}: no such folder; give the folder of a saved model")
+    if options.out.exists():
+        raise ConfigError(f"--out {options.out}: exists; remove it or choose another folder")
+    if options.scheme != "int4" and options.group_size is not None:
+        raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no groups; leave it out")
+    if options.group_size is None:
+        options.group_size = GROUP_SIZE
+
+
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask; errors a user can mend are raised."""
+    check(options)
     import transformers
 
     from herd.run.lineage import read_lineage
-    from quant.exports import check_target, export
+    from quant.exports import export
     from quant.gate_process import GateProcess
     from quant.quantized import quantize
 
     transformers.logging.set_verbosity_error()
-    check_target(options.out)
     started = time.monotonic()
     quantized = quantize(
         options.model, scheme=options.scheme, group_size=options.group_size, ignore=tuple(options.ignore)

@@ -168,11 +168,20 @@ def tied_names(model: nn.Module) -> set[str]:
 def _ignored(linears: dict[str, tuple], config: PretrainedConfig, patterns: Sequence[str]) -> dict[str, str]:
     ignored = {name: reason for name in linears if (reason := kept_because(name, config))}
     for pattern in patterns:
+        _check_pattern(pattern)
         matched = [name for name in linears if matches(pattern, name)]
         if not matched:
             raise ConfigError(f"ignore = {pattern!r} matches no linear layer; one of them is {next(iter(linears))!r}")
         ignored |= {name: USER for name in matched if name not in ignored}
     return {name: ignored[name] for name in linears if name in ignored}
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"ignore = {pattern!r}: not a regular expression ({error}); mend it") from None
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -7,6 +7,7 @@ Per micro-batch there is one teacher forward for any number of students. Weights
 Shapes: B rows, T tokens a row (flattened to B*T), S statistics of distill.losses.kernel.STATS.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ from herd.run.errors import NumericalError
 from herd.run.schema import Config
 from teachers.frozen import FrozenTeacher
 from teachers.targets import SoftTargets
+
+MEND = (
+    "Nothing of this step is saved, the last complete checkpoint is good: lower optim.lr, or raise optim.warmup, and "
+    "resume under a new run.name"
+)
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Herd:
         Tally.reduce(tallies.values())
         for name, tally in tallies.items():
             if not tally.is_finite():
-                raise NumericalError(self._diagnose(name, active[name], batches, step))
+                raise NumericalError(self._diagnose(name, active[name], tally, batches, step))
         metrics = self._update(active, tallies, step)
         return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
@@ -167,7 +173,7 @@ class Herd:
             member.set_lr(rate)
             member.engine.step()
             label = name if name == "teacher" else f"student/{name}"
-            norm = float(member.engine.get_global_grad_norm() or 0.0)
+            norm = self._gradient_norm(name, member, step)
             metrics |= {f"{label}/lr": rate, f"{label}/grad_norm": norm}
             metrics |= tallies[name].metrics(label, with_targets=self.teacher is not None and name != "teacher")
             metrics |= tallies[name].expert_metrics(name)
@@ -179,11 +185,23 @@ class Herd:
         self.seconds["update"] += time.perf_counter() - started
         return metrics
 
-    def _diagnose(self, name: str, member: Member, batches: list[Batch], step: int) -> str:
+    def _gradient_norm(self, name: str, member: Member, step: int) -> float:
+        """Global norm of the step's gradient; DeepSpeed gives -1 or Inf for one that is not finite, and skips it."""
+        norm = float(member.engine.get_global_grad_norm() or 0.0)
+        if not 0.0 <= norm < math.inf:
+            raise NumericalError(f"{name}: the loss of step {step + 1} is finite, its gradient is not. {MEND}")
+        return norm
+
+    def _diagnose(self, name: str, member: Member, tally: Tally, batches: list[Batch], step: int) -> str:
         from distill.diagnosis import first_fault
 
-        cause = first_fault(member, batches)
-        return (
-            f"{name}: the loss of step {step + 1} is not finite; {cause}. Nothing of this step was kept, the last "
-            "complete checkpoint is good: lower optim.lr, or raise optim.warmup, and resume under a new run.name"
-        )
+        frozen = self.teacher if isinstance(self.teacher, FrozenTeacher) else None
+        if frozen is not None and not math.isfinite(tally.mean("teacher_ce")):
+            cause = first_fault(frozen.model, lambda batch: frozen.targets(batch.input_ids_BT), batches)
+            return (
+                f"teacher.source = {self.config.teacher.source}: its logits are not finite; {cause}. "
+                "Nothing was trained on them; choose another"
+            )
+        cause = first_fault(member.learner.model, lambda batch: member.engine(batch.input_ids_BT), batches)
+        member.tap.take()
+        return f"{name}: the loss of step {step + 1} is not finite; {cause}. {MEND}"

@@ -24,6 +24,7 @@ MARKER = "COMPLETE.json"
 FOLDER = "checkpoints"
 NAME = re.compile(r"step_(\d+)")
 LEFTOVER = re.compile(r"\.step_\d+\.(tmp|old|trash)")
+BEFORE_A_STEP = re.compile(r"config\.yaml|run\.json|ds_config\..*\.json|\.?mlflow.*|metrics\.jsonl|checkpoints")
 ROOM = 1.05  # of the last checkpoint's size must be free before the next one starts
 
 
@@ -199,6 +200,14 @@ def resolve(run_folder: Path, resume: str) -> Path | None:
             "or delete that folder to start this one again"
         )
     return None
+
+
+def never_stepped(run_folder: Path) -> bool:
+    """True for the folder of a run that was set up and took no step: there is nothing in it to lose."""
+    names = [path.name for path in run_folder.iterdir()] if run_folder.is_dir() else []
+    metrics = run_folder / "metrics.jsonl"
+    set_up_only = "config.yaml" in names and all(BEFORE_A_STEP.fullmatch(name) for name in names)
+    return set_up_only and not all_complete(run_folder) and not (metrics.exists() and metrics.stat().st_size)
 
 
 def _named(run_folder: Path, path: Path) -> Path:

@@ -34,6 +34,14 @@ def use_project_folder() -> Path:
     return Path(os.environ.setdefault(VARIABLE, str(cache / "torch_extensions")))
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, what this machine has; else every rank warns that it looked in vain."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def prepare() -> None:
     """Load DeepSpeed's CPU op, compiling it first if it is not there; nothing on machines with an accelerator.
 
@@ -41,10 +49,7 @@ def prepare() -> None:
     left behind is removed with a line on stderr. Raises EnvironmentFault when the op cannot be compiled.
     """
     folder = use_project_folder()
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it looked for another in vain
+    choose_accelerator()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

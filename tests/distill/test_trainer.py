@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distill.assembly import assemble
 from distill.diagnosis import first_fault
@@ -108,10 +109,34 @@ def test_an_overflow_in_the_forward_is_traced_to_the_first_layer_that_made_it(pa
     kept = norm.weight.detach().clone()
     with torch.no_grad():
         norm.weight.fill_(3e38)
-    fault = first_fault(member, batches_of(assembly, config, 6))
+    forward = lambda batch: member.engine(batch.input_ids_BT)  # noqa: E731
+    fault = first_fault(member.learner.model, forward, batches_of(assembly, config, 6))
+    member.tap.take()
     with torch.no_grad():
         norm.weight.copy_(kept)
     assert "layers.2.input_layernorm" in fault
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
+    assembly = assemble(config := small_config(tmp_path, "optim.lr=1e6", "optim.clip=0", "optim.warmup=0"), tmp_path)
+    with pytest.raises(NumericalError, match=r"loss of step \d+ is finite, its gradient is not.*lower optim\.lr"):
+        for step in range(12):
+            assembly.herd.take_step(batches_of(assembly, config, step), step)
+
+
+def test_a_frozen_teacher_that_holds_nan_is_named_before_anything_learns_from_it(parts, tmp_path):
+    assembly, _, _ = parts
+    folder = tmp_path / "broken"
+    assembly.herd.teacher.export(folder, tokenizer=assembly.tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = small_config(tmp_path, "teacher.mode=frozen", f"teacher.source={folder}", "teacher.overrides={}")
+    taught = assemble(config, tmp_path)
+    before = taught.herd.pupils["scout"].member.learner.head.weight.detach().clone()
+    with pytest.raises(NumericalError, match=r"teacher\.source = .*broken.*layers\.1\.self_attn\.q_proj.* holds NaN"):
+        taught.herd.take_step(batches_of(taught, config, 0), 0)
+    assert torch.equal(taught.herd.pupils["scout"].member.learner.head.weight, before)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_what_differs(parts, tmp_path):

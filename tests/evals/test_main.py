@@ -20,12 +20,17 @@ from tests.evals.tiny import save_tiny
         (["--model", ".", "--rows", "0"], 2, "--rows = 0: must be at least 1"),
         (["--model", ".", "--against", "nowhere"], 2, "--against nowhere: no such folder"),
         (["--model", "."], 4, "no config.json"),
+        (["--model", ".", "--device", "potato"], 2, "--device potato: no such kind of device"),
+        (["--model", ".", "--device", "hpu"], 3, "--device hpu: not usable on this machine"),
+        (["--model", ".", "--out", "no/where.json"], 2, "--out no/where.json: no is no folder"),
+        (["--model", ".", "--out", "binary.json"], 4, "binary.json: not a list of evaluations"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(
     options: list[str], code: int, words: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.json").write_bytes(b"\x87\x00")
     assert main(options) == code
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1

@@ -86,3 +86,8 @@ def test_an_impossible_run_ends_with_one_line_and_its_code(overrides, code, word
     errors = [line for line in run.log.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and words in errors[0], run.log
     assert "Traceback" not in run.log
+
+
+def test_a_run_refused_before_its_first_step_leaves_no_folder_in_the_way_of_the_next_try(tmp_path):
+    run = launch(tmp_path, ranks=1, overrides=["data.source=/no/such/folder"], train_only=False)
+    assert run.code == 4 and not run.folder.exists(), run.log

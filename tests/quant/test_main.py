@@ -60,7 +60,10 @@ def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
         (["--group-size", "48"], 2, "group_size = 48"),
         (["--group-size", "128"], 2, "group_size 128; use group_size 32 or 64"),
         (["--ignore", "nothing"], 2, "matches no linear layer"),
-        (["--model", "missing"], 4, "config.json does not exist"),
+        (["--group-size", "0"], 2, "group_size = 0"),
+        (["--group-size", "32", "--scheme", "fp8"], 2, "fp8 has no groups"),
+        (["--ignore", "re:["], 2, "not a regular expression"),
+        (["--model", "missing"], 2, "--model missing: no such folder"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(folders, tmp_path, capsys, more, code, line):

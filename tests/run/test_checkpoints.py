@@ -173,6 +173,21 @@ def test_never_wants_an_empty_folder_and_says_how_to_go_on(tmp_path: Path) -> No
         checkpoints.resolve(tmp_path, "never")
 
 
+def test_a_run_that_was_only_set_up_has_nothing_to_lose_and_any_other_folder_has(tmp_path: Path) -> None:
+    assert not checkpoints.never_stepped(tmp_path / "absent") and not checkpoints.never_stepped(tmp_path)
+    for name in ("config.yaml", "run.json", "ds_config.teacher.json", "metrics.jsonl", "mlflow.json", ".mlflow.lock"):
+        (tmp_path / name).touch()
+    assert checkpoints.never_stepped(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not checkpoints.never_stepped(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert not checkpoints.never_stepped(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    save(tmp_path, 1)
+    assert not checkpoints.never_stepped(tmp_path)
+
+
 def test_auto_starts_fresh_where_latest_refuses(tmp_path: Path) -> None:
     assert checkpoints.resolve(tmp_path, "auto") is None
     with pytest.raises(ConfigError, match=r"^--resume latest: .* no checkpoint; --resume auto starts fresh"):
