@@ -7,6 +7,8 @@ import datetime
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,32 +35,42 @@ def run(config: Config, *, resume: str, command: str) -> None:
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
+    with no_trace_of_a_refusal(folder):
+        resume_from = prepare_folder(config, folder, resume=resume, command=command)
+        tracker = open_tracker(
+            folder,
+            experiment=config.tracking.experiment,
+            run_name=config.run.name,
+            uri=config.tracking.uri,
+            config=config.model_dump(mode="json"),
+            tags={"world_size": str(ranks.world_size()), "command": command},
+            enabled=config.tracking.enabled and ranks.is_main(),
+        )
+        try:
+            _train(config, folder, tracker, resume_from=resume_from, command=command)
+            ranks.shut_down()
+            if ranks.is_main():
+                _record_end(folder / "run.json")
+                aftermath.compress_and_report(config, folder, tracker)
+        except Interrupted:
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
+
+
+@contextmanager
+def no_trace_of_a_refusal(folder: Path) -> Iterator[None]:
+    """Remove the folder this run made if it is refused before its first step: the mended command can be given again."""
     ours = ranks.is_main() and not folder.exists()
-    resume_from = prepare_folder(config, folder, resume=resume, command=command)
-    tracker = open_tracker(
-        folder,
-        experiment=config.tracking.experiment,
-        run_name=config.run.name,
-        uri=config.tracking.uri,
-        config=config.model_dump(mode="json"),
-        tags={"world_size": str(ranks.world_size()), "command": command},
-        enabled=config.tracking.enabled and ranks.is_main(),
-    )
     try:
-        _train(config, folder, tracker, resume_from=resume_from, command=command)
-        ranks.shut_down()
-        if ranks.is_main():
-            _record_end(folder / "run.json")
-            aftermath.compress_and_report(config, folder, tracker)
-    except Interrupted:
-        tracker.finish("KILLED")
+        yield
+    except HerdError:
+        if ours and checkpoints.never_stepped(folder):
+            shutil.rmtree(folder)
         raise
-    except BaseException as error:
-        tracker.finish("FAILED")
-        if ours and isinstance(error, HerdError) and checkpoints.never_stepped(folder):
-            shutil.rmtree(folder)  # so that the mended command can be given again as it is
-        raise
-    tracker.finish("FINISHED")
 
 
 def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
