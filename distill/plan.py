@@ -4,7 +4,10 @@ show(config, world_size=512, mfu=0.4) prints the resolved configuration and, for
 FLOPs per token, and what the herd does in a day. No device is touched and no data is read.
 """
 
+from transformers import Llama4TextConfig
+
 from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
+from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
 from herd.run.errors import ConfigError
@@ -20,7 +23,8 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
     tokens_per_step = config.batch.rows * config.data.sequence_length
     print(dump(config))
     for name, made in plans.items():
-        print(f"--- {name}: {SPECS[_source(config, name)].note}")
+        source = _source(config, name)
+        print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")
         print(made.table())
     flops = sum(made.flops_per_token for made in plans.values())
     daily = tokens_per_day(flops, world_size=world_size, mfu=mfu)
@@ -41,10 +45,10 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
     plans = {}
     for name in names:
         source = _source(config, name)
-        if source not in SPECS:
-            raise ConfigError(f"{name}: source = {source}: only specs can be planned ({', '.join(SPECS)})")
         model = config.teacher if name == "teacher" else config.students[name]
-        text = SPECS[source].config(**_vocabulary(config), **model.overrides)
+        text = read_config(source, overrides=model.overrides, vocabulary=_vocabulary(config))
+        if not isinstance(text, Llama4TextConfig):
+            raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         frozen = name == "teacher" and config.teacher.mode == "frozen"
         setup = Setup(
             zero=config.parallel.zero,

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quant
 from evals.footprint import measure_disk
 from herd.data.tokenizer import load_tokenizer
 from herd.llama4 import use_sparse_experts
+from herd.llama4.source import open_model
 from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from herd.run.lineage import read_lineage
 
@@ -69,18 +69,5 @@ def load_model(folder: Path, *, device: str = "cpu") -> PreTrainedModel:
     if "quantization_config" in config:
         model = quant.load(folder)  # routes its experts itself
     else:
-        model = use_sparse_experts(_load_plain(folder))
+        model = use_sparse_experts(open_model(str(folder), dtype="auto"))
     return model.to(device).eval()
-
-
-def _load_plain(folder: Path) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as cause:  # the last: shapes that differ
-        raise DataError(f"{folder}: cannot be loaded ({' '.join(str(cause).split())[:200]})") from cause
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise DataError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}; export the model again")
-    return model

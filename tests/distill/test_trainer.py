@@ -191,6 +191,17 @@ def test_plans_hold_the_bytes_that_live_engines_hold(parts):
         assert state.moments == pytest.approx(moments, rel=0.03), name
 
 
+def test_a_model_folder_is_planned_as_the_spec_it_was_built_from(parts, tmp_path):
+    assembly, _, _ = parts
+    assembly.herd.teacher.export(tmp_path / "teacher", tokenizer=assembly.tokenizer)
+    frozen = ["teacher.mode=frozen", "teacher.overrides={}", f"teacher.source={tmp_path / 'teacher'}"]
+    from_folder = plan_run(small_config(tmp_path, *frozen), world_size=1)["teacher"]
+    from_spec = plan_run(small_config(tmp_path, "teacher.mode=frozen"), world_size=1)["teacher"]
+    assert from_folder.counts == from_spec.counts and from_folder.state == from_spec.state
+    with pytest.raises(ConfigError, match="'scot-nano': no such spec or folder; specs are scout"):
+        plan_run(small_config(tmp_path, "teacher.overrides={}", "teacher.source=scot-nano"), world_size=1)
+
+
 def test_lines_of_steps_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
