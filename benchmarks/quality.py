@@ -1,6 +1,6 @@
 """Does the herd beat its control? The same students, seeds and batches with a good, an immature and no teacher.
 
-    python benchmarks/quality.py [--seeds 3] [--workers 2]
+    python benchmarks/quality.py [--seeds 3] [--workers 2] [--part student]
 
 Each run is a real `python -m distill` in runs/quality/; finished ones are not run again. Prints differences to the
 control, paired by seed, with 95 % intervals over seeds, and writes benchmarks/results/quality.json.
@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 TEACHER = "behemoth-1000"
 ONE_STUDENT, HERD = "configs/experiments/student.yaml", "configs/nano.yaml"
 GOOD = ("teacher.mode=frozen", f"teacher.source={RUNS / TEACHER / 'students' / 'behemoth'}")
+PARTS = {"student": (ONE_STUDENT,), "herd": (HERD,), "all": (ONE_STUDENT, HERD)}
 HERD_ONLY_TRAINED = (
     "students.scout.quantize=[]",
     "students.maverick.quantize=[]",
@@ -71,7 +72,7 @@ def distill(config: str, name: str, settings: tuple[str, ...]) -> dict[str, floa
     return losses | {key: statistics.mean(values) for key, values in alphas.items()}
 
 
-def run_all(seeds: int, workers: int) -> dict[tuple[str, int], dict[str, float]]:
+def run_all(cases: list[Case], seeds: int, workers: int) -> dict[tuple[str, int], dict[str, float]]:
     """Every case with every seed, `workers` at a time, one thread each."""
 
     def run(job: tuple[Case, int]) -> dict[str, float]:
@@ -79,7 +80,7 @@ def run_all(seeds: int, workers: int) -> dict[tuple[str, int], dict[str, float]]
         name = "-".join(case.name.replace(",", "").replace("'", "").split()) + f"-{seed}"
         return distill(case.config, name, (f"run.seed={seed}", *case.settings))
 
-    jobs = [(case, seed) for seed in range(seeds) for case in CASES]
+    jobs = [(case, seed) for seed in range(seeds) for case in cases]
     with ThreadPoolExecutor(workers) as pool:
         return {(case.name, seed): out for (case, seed), out in zip(jobs, pool.map(run, jobs), strict=True)}
 
@@ -93,9 +94,11 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return (mean - half, mean + half)
 
 
-def compare(results: dict[tuple[str, int], dict[str, float]], seeds: int, good_teacher: float) -> Iterator[dict]:
+def compare(
+    cases: list[Case], results: dict[tuple[str, int], dict[str, float]], seeds: int, good_teacher: float
+) -> Iterator[dict]:
     """One row per case and student: losses, differences to the control, share of the gap to the teacher closed."""
-    for case in CASES:
+    for case in cases:
         for student in ("scout",) if case.config == ONE_STUDENT else ("scout", "maverick"):
             ours = [results[case.name, seed] for seed in range(seeds)]
             losses = [out[f"heldout/{student}"] for out in ours]
@@ -123,10 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--part", choices=PARTS, default="all", help="one student, the nano herd, or both")
     arguments = parser.parse_args()
+    cases = [case for case in CASES if case.config in PARTS[arguments.part]]
     RUNS.mkdir(parents=True, exist_ok=True)
     good_teacher = distill("configs/experiments/teacher.yaml", TEACHER, ())["heldout/behemoth"]
-    rows = list(compare(run_all(arguments.seeds, arguments.workers), arguments.seeds, good_teacher))
+    results = run_all(cases, arguments.seeds, arguments.workers)
+    rows = list(compare(cases, results, arguments.seeds, good_teacher))
     print(
         f"good teacher {good_teacher:.4f} nats; {arguments.seeds} seeds, intervals over seeds, paired with the control"
     )

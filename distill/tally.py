@@ -59,7 +59,9 @@ class Tally:
         return (self._sums[STATS.index(stat)] / self._sums[-1].clamp_min(1)).item()
 
     def step_stats(self, step: int) -> StepStats:
-        return StepStats(step=step, student_ce=self.mean("ce"), teacher_ce=self.mean("teacher_ce"))
+        return StepStats(
+            step=step, student_ce=self.mean("ce"), teacher_ce=self.mean("teacher_ce"), divergence=self.mean("kd")
+        )
 
     def metrics(self, label: str, *, with_targets: bool) -> dict[str, float | list]:
         """Global means under `label/`, in nats."""

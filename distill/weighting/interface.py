@@ -20,6 +20,8 @@ class StepStats:
     """0 for the student's first step."""
     student_ce: float
     teacher_ce: float
+    divergence: float
+    """KL(teacher || student), at the loss's temperature."""
 
 
 class Weighting(Protocol):

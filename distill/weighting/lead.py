@@ -1,10 +1,10 @@
-"""The dynamic default: listen to the teacher as far as it is ahead of where the student is going anyway.
+"""The dynamic default: listen to a teacher that is far ahead, as far as following it leads towards the truth.
 
     lead  = (CE_student - CE_teacher) / (rate at which CE_student falls), as a share of the run's steps
-    alpha = peak * clip((lead - margin) / width, 0, 1)
+    trust = (CE_student - CE_teacher) / KL(teacher || student)
+    alpha = peak * clip((lead - margin) / width, 0, 1) * clip((trust - doubt) / (1 - doubt), 0, 1)
 
-A teacher two dozen steps ahead knows nothing its student will not know two dozen steps later, and imitating it holds
-the student back; one a third of the run ahead does (docs/weighting.md has the measurements).
+Why two factors, and what they measured on good, young and immature teachers: docs/weighting.md.
 """
 
 import torch
@@ -49,7 +49,8 @@ class Lead:
     def __init__(self, settings: LeadAlpha, *, steps: int) -> None:
         self._settings, self._steps = settings, steps
         horizon = max(2.0, settings.horizon * steps)
-        self._gap, self._fast, self._slow = RunningMean(horizon), RunningMean(horizon), RunningMean(SLOW * horizon)
+        self._gap, self._divergence = RunningMean(horizon), RunningMean(horizon)
+        self._fast, self._slow = RunningMean(horizon), RunningMean(SLOW * horizon)
 
     @property
     def gap(self) -> float:
@@ -69,22 +70,36 @@ class Lead:
             return 0.0
         return min(1.0, self.gap / max(self.rate * self._steps, self.gap))
 
+    @property
+    def trust(self) -> float:
+        """Share of the way from student to teacher that goes towards the truth.
+
+        With p the teacher, q the student: E_label[log p/q] / E_p[log p/q]. If labels are drawn from p it is 1; a
+        teacher with errors of its own is farther away in KL than it is ahead on labels.
+        """
+        return self.gap / self._divergence.value if self._divergence.value > 0 else 0.0
+
     def alpha(self, tokens: TokenStats) -> torch.Tensor:
         s = self._settings
-        weight = s.peak * min(1.0, max(0.0, (self.lead - s.margin) / s.width))
-        return torch.full_like(tokens.student_ce, weight)
+        ahead = min(1.0, max(0.0, (self.lead - s.margin) / s.width))
+        trusted = min(1.0, max(0.0, (self.trust - s.doubt) / (1 - s.doubt)))
+        return torch.full_like(tokens.student_ce, s.peak * ahead * trusted)
 
     def update(self, stats: StepStats) -> None:
         self._gap.add(stats.student_ce - stats.teacher_ce)
+        self._divergence.add(stats.divergence)
         self._fast.add(stats.student_ce)
         self._slow.add(stats.student_ce)
 
     def metrics(self) -> dict[str, float]:
-        return {"gap": self.gap, "lead": self.lead}
+        return {"gap": self.gap, "lead": self.lead, "trust": self.trust}
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        return {"gap": self._gap.state_dict(), "fast": self._fast.state_dict(), "slow": self._slow.state_dict()}
+        return {name: mean.state_dict() for name, mean in self._means().items()}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        for name, mean in (("gap", self._gap), ("fast", self._fast), ("slow", self._slow)):
+        for name, mean in self._means().items():
             mean.load_state_dict(state[name])
+
+    def _means(self) -> dict[str, RunningMean]:
+        return {"gap": self._gap, "divergence": self._divergence, "fast": self._fast, "slow": self._slow}

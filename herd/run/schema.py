@@ -163,6 +163,8 @@ class LeadAlpha(Section):
     """Lead, as a share of the run's steps, up to which the teacher is not listened to at all (the dead zone)."""
     width: float = Field(0.06, gt=0.0)
     """Lead beyond the margin over which the weight rises to its peak."""
+    doubt: float = Field(0.9, ge=0.0, lt=1.0)
+    """Trust up to which the teacher is not listened to; the weight rises to its peak at trust 1."""
     noise: float = Field(0.05, ge=0.0)
     """Nats of advantage that are taken for none."""
     horizon: float = Field(0.05, gt=0.0, le=1.0)

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from distill import weighting
-from distill.losses.kernel import TokenStats
+from distill.losses import distillation_from_logits
+from distill.losses.kernel import STATS, TokenStats
 from distill.schedule import learning_rate
 from distill.weighting import StepStats
 from herd.run.schema import Optim, Weighting
+from teachers.targets import DenseTargets
 
 SETTINGS = [
     {"kind": "constant", "alpha": 0.3},
@@ -30,10 +32,10 @@ def tokens(count=5):
 
 
 def follow(weight, gaps):
-    """alpha after each of these steps, the teacher being `gap` nats ahead."""
+    """alpha after each of these steps, the teacher being `gap` nats ahead and as far away as that."""
     alphas = []
     for step, gap in enumerate(gaps):
-        weight.update(StepStats(step=step, student_ce=4.0 + gap, teacher_ce=4.0))
+        weight.update(StepStats(step=step, student_ce=4.0 + gap, teacher_ce=4.0, divergence=abs(gap)))
         alphas.append(weight.alpha(tokens())[0].item())
     return alphas
 
@@ -52,11 +54,12 @@ def test_a_restored_weight_goes_on_exactly_as_the_original(settings):
     assert follow(original, [0.4, 0.1]) == follow(restored, [0.4, 0.1])
 
 
-def learn(weight, student, teacher):
-    """alpha after each step of these two curves."""
+def learn(weight, student, teacher, *, trust=1.0):
+    """alpha after each step of these two curves, the advantage being this share of the divergence."""
     alphas = []
     for step, (ce, target) in enumerate(zip(student, teacher, strict=True)):
-        weight.update(StepStats(step=step, student_ce=ce, teacher_ce=target))
+        divergence = abs(ce - target) / trust
+        weight.update(StepStats(step=step, student_ce=ce, teacher_ce=target, divergence=divergence))
         alphas.append(weight.alpha(tokens())[0].item())
     return alphas
 
@@ -73,6 +76,31 @@ def test_a_teacher_ahead_by_fewer_steps_than_the_margin_gets_no_weight_at_all():
 def test_a_teacher_far_ahead_of_a_learning_student_gets_the_peak():
     curve = [8.0 - 0.03 * step for step in range(100)]
     assert learn(make(SETTINGS[2]), curve, [4.0] * 100)[-1] == pytest.approx(0.9)
+
+
+def test_a_teacher_with_errors_of_its_own_is_not_followed_however_far_it_is_ahead():
+    curve = [8.0 - 0.03 * step for step in range(100)]
+    assert set(learn(make(SETTINGS[2]), curve, [4.0] * 100, trust=0.85)) == {0.0}
+    assert learn(make(SETTINGS[2]), curve, [4.0] * 100, trust=0.95)[-1] == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(("truth", "expected"), [("teacher", 1.0), ("student", None), ("halfway", None)])
+def test_trust_is_one_when_labels_are_drawn_from_the_teacher_and_less_when_they_are_not(truth, expected):
+    generator = torch.Generator().manual_seed(0)
+    student_TV, teacher_TV = torch.randn(2, 4000, 50, generator=generator, dtype=torch.float64)
+    p_TV, q_TV = teacher_TV.softmax(1), student_TV.softmax(1)
+    labels_TV = {"teacher": p_TV, "student": q_TV, "halfway": (p_TV + q_TV) / 2}[truth]
+    labels_T = torch.multinomial(labels_TV, 1, generator=generator).squeeze(1)
+    loss = distillation_from_logits(student_TV, labels_T, DenseTargets(teacher_TV))
+    ce, kd, teacher_ce = (loss.stats_ST[STATS.index(name)].mean().item() for name in ("ce", "kd", "teacher_ce"))
+    weight = make(SETTINGS[2])
+    weight.update(StepStats(step=0, student_ce=ce, teacher_ce=teacher_ce, divergence=kd))
+    if expected is None:
+        assert weight.trust < 0.5
+    else:
+        ratio_T = (p_TV.log() - q_TV.log()).gather(1, labels_T[:, None]).squeeze(1)
+        sigma = ratio_T.std().item() / len(ratio_T) ** 0.5 / kd
+        assert weight.trust == pytest.approx(expected, abs=4 * sigma)
 
 
 def test_a_student_that_has_stopped_learning_listens_to_any_better_teacher():
