@@ -24,6 +24,7 @@ from herd.llama4.experts import use_sparse_experts
 from herd.llama4.source import is_spec, open_model
 from herd.run import ranks
 from herd.run.config import split_batch
+from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, Teacher
 from teachers.frozen import FrozenTeacher
@@ -117,10 +118,7 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
     if not is_spec(model.source):
         _check_tokenizer(name, model.source, tokenizer, rows=opened.get_input_embeddings().weight.shape[0])
     if config.data.sequence_length > text.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length = {config.data.sequence_length}: {name} ({model.source}) takes at most "
-            f"{text.max_position_embeddings} positions; lower it or choose another model"
-        )
+        raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
     if config.parallel.expert_parallel == 1:
         return use_sparse_experts(opened)
     experts_divisible(opened.config, config.parallel.expert_parallel)

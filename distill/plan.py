@@ -10,6 +10,7 @@ from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
+from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
@@ -49,6 +50,8 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
         text = read_config(source, overrides=model.overrides, vocabulary=_vocabulary(config))
         if not isinstance(text, Llama4TextConfig):
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
+        if config.data.sequence_length > text.max_position_embeddings:
+            raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
         frozen = name == "teacher" and config.teacher.mode == "frozen"
         setup = Setup(
             zero=config.parallel.zero,

@@ -19,7 +19,7 @@ from distill.assembly import Assembly, assemble
 from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run import config as configuration
-from herd.run.errors import ConfigError, DataError, HerdError, Interrupted
+from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
 from herd.run.lineage import git_commit
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
@@ -101,12 +101,21 @@ def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -
         _check_same_config(folder / "config.yaml", config)
     ranks.barrier()
     if ranks.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         checkpoints.clean(folder)
         files.write_atomic(folder / "config.yaml", configuration.dump(config))
         _record_command(folder / "run.json", command)
     ranks.barrier()
     return checkpoint
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"run.folder: {error.filename} is a file, not a folder; set another run.folder") from error
+    except OSError as error:
+        raise EnvironmentFault(f"run.folder: {folder} cannot be made ({error.strerror}); set another") from error
 
 
 def _check_same_config(path: Path, config: Config) -> None:

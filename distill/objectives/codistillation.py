@@ -31,8 +31,8 @@ from teachers.frozen import FrozenTeacher
 from teachers.targets import SoftTargets
 
 MEND = (
-    "Nothing of this step is saved, the last complete checkpoint is good: lower optim.lr, or raise optim.warmup, and "
-    "resume under a new run.name"
+    "Nothing of this step is saved, checkpoints from before it are good: lower optim.lr, or raise optim.warmup, and "
+    "start from one of them under a new run.name"
 )
 
 

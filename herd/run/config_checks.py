@@ -37,6 +37,14 @@ def faults(config: Config) -> Iterator[str]:
     yield from deepspeed_config.conflicts(config.deepspeed.extra)
 
 
+def too_long(config: Config, name: str, source: str, longest: int) -> str:
+    """The line for rows that are longer than the model called `name` reads."""
+    return (
+        f"data.sequence_length = {config.data.sequence_length}: {name} ({source}) takes at most {longest} positions; "
+        "lower it or choose another model"
+    )
+
+
 def split_batch(config: Config, world_size: int) -> tuple[int, int]:
     """Rows per forward and rank, and forwards per optimiser step: rows = micro_rows x accumulation x ranks.
 

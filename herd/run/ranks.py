@@ -180,7 +180,7 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested and is_main():
             # Not print(): a handler may run in the middle of another write.
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more ends it at once, without\n")
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more ends it at once, unsaved\n")
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system ends it, even inside a collective that hangs

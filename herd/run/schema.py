@@ -25,7 +25,7 @@ class Run(Section):
     """Folder under `folder`, and the MLflow run name."""
     folder: Path = Path("runs")
     """Where run folders live."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seeds the weights, the row order and every random choice."""
     steps: int = Field(gt=0)
     """Optimiser steps of the students (a teacher's head start comes before)."""

@@ -14,7 +14,7 @@ from distill.diagnosis import first_fault
 from distill.loop import Loop, keep_steps
 from distill.objectives.codistillation import Herd
 from distill.plan import plan_run
-from distill.session import without_resume
+from distill.session import prepare_folder, without_resume
 from herd.llama4.source import open_model
 from herd.run import config as configuration
 from herd.run import ranks
@@ -157,9 +157,18 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_what_differs(parts, t
         )
 
 
-def test_a_sequence_longer_than_the_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.sequence_length = 9000"):
-        assemble(small_config(tmp_path, "data.sequence_length=9000"), tmp_path)
+def test_a_sequence_longer_than_the_model_is_refused_by_the_run_and_by_its_plan(tmp_path):
+    config = small_config(tmp_path, "data.sequence_length=9000")
+    with pytest.raises(ConfigError, match=r"data\.sequence_length = 9000.* takes at most 8192 positions"):
+        assemble(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.sequence_length = 9000.* takes at most 8192 positions"):
+        plan_run(config, world_size=1)
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.folder: .* is a file, not a folder"):
+        prepare_folder(small_config(tmp_path), tmp_path / "file" / "t", resume="never", command="")
 
 
 def test_a_truncated_model_file_is_a_data_error_that_names_the_folder(parts, tmp_path):
