@@ -49,7 +49,8 @@ class Probe:
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline() or '{"error": "the measuring process died"}')
         if "error" in answer:
-            raise getattr(errors, answer.get("kind", "EnvironmentFault"))(f"{folder}: {answer['error']}")
+            about = "" if str(folder) in answer["error"] else f"{folder}: "
+            raise getattr(errors, answer.get("kind", "EnvironmentFault"))(f"{about}{answer['error']}")
         return Cost(**answer)
 
     def close(self) -> None:

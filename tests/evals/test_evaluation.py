@@ -55,7 +55,7 @@ def test_a_folder_against_itself_diverges_by_nothing(tmp_path: Path, probe: Prob
 
 
 def test_a_probe_outlives_a_model_it_cannot_measure(tmp_path: Path, probe: Probe) -> None:
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="cannot be read"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_text("{}")
         probe.measure(tmp_path / "empty", [1, 2, 3])
