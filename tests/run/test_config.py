@@ -38,7 +38,8 @@ students = st.fixed_dictionaries(
 trees = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries(
-            {"name": names, "steps": st.integers(1, 10**12)}, optional={"folder": texts, "seed": st.integers(0, 2**31 - 1)}
+            {"name": names, "steps": st.integers(1, 10**12)},
+            optional={"folder": texts, "seed": st.integers(0, 2**31 - 1)},
         ),
         "students": st.dictionaries(names.filter(lambda name: name != "teacher"), students, min_size=1, max_size=3),
     },
