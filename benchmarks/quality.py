@@ -77,7 +77,7 @@ def run_all(cases: list[Case], seeds: int, workers: int) -> dict[tuple[str, int]
 
     def run(job: tuple[Case, int]) -> dict[str, float]:
         case, seed = job
-        name = "-".join(case.name.replace(",", "").replace("'", "").split()) + f"-{seed}"
+        name = "-".join(case.name.replace("'", "").split()) + f"-{seed}"
         return distill(case.config, name, (f"run.seed={seed}", *case.settings))
 
     jobs = [(case, seed) for seed in range(seeds) for case in cases]

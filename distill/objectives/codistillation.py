@@ -186,7 +186,7 @@ class Herd:
         return metrics
 
     def _gradient_norm(self, name: str, member: Member, step: int) -> float:
-        """Global norm of the step's gradient; DeepSpeed gives -1 or Inf for one that is not finite, and skips it."""
+        """Global norm of the step's gradient; DeepSpeed gives -1, Inf or NaN when it is not finite."""
         norm = float(member.engine.get_global_grad_norm() or 0.0)
         if not 0.0 <= norm < math.inf:
             raise NumericalError(f"{name}: the loss of step {step + 1} is finite, its gradient is not. {MEND}")

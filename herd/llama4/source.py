@@ -38,12 +38,7 @@ def open_model(
     """
     if is_spec(source):
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
-    if overrides:
-        raise ConfigError(
-            f"overrides = {dict(overrides)}: only a model built from a spec can be changed, {source} exists already; "
-            "remove the overrides or name a spec"
-        )
-    _check_place(source)
+    _check_existing(source, overrides)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
@@ -60,14 +55,19 @@ def read_config(
     """The text configuration of what `open_model` would open, without its weights. Same errors."""
     if is_spec(source):
         return SPECS[source].config(**{**(vocabulary or {}), **(overrides or {})})
-    _check_place(source)
+    _check_existing(source, overrides)
     try:
         return AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
 
 
-def _check_place(source: str) -> None:
+def _check_existing(source: str, overrides: Mapping[str, Any] | None) -> None:
+    if overrides:
+        raise ConfigError(
+            f"overrides = {dict(overrides)}: only a model built from a spec can be changed, {source} exists already; "
+            "remove the overrides or name a spec"
+        )
     if not Path(source).is_dir() and source.count("/") != 1:
         raise ConfigError(f"model source {source!r}: no such spec or folder; specs are {', '.join(SPECS)}")
 
