@@ -2,20 +2,21 @@
 
     targets = LinearTargets(hidden_TG, head_VG)      # logits are made chunk by chunk
     targets = DenseTargets(logits_TV)                # logits exist already
+    targets = SparseTargets(ids_TK, probs_TK, ...)   # what a cache kept of them
 
-Shapes: T tokens, G teacher width, V vocabulary, C tokens of a chunk.
+Shapes: T tokens, G teacher width, V vocabulary, C tokens of a chunk, K classes kept of a token.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 
-class SoftTargets(Protocol):
-    """What a loss asks of a teacher."""
+class FullTargets(Protocol):
+    """A teacher's whole distribution, made a chunk at a time."""
 
     def logits(self, rows: slice) -> torch.Tensor:
         """Teacher logits [C, V] of these tokens, without gradient."""
@@ -57,7 +58,42 @@ class DenseTargets:
         return self.logits_TV.shape[0]
 
 
-def make_targets(outputs: torch.Tensor, head_VG: torch.Tensor | None) -> SoftTargets:
+Tail = Literal["bucket", "sampled"]
+"""What a sparse target says of the classes it does not list.
+
+`bucket`: together they have the rest of the mass (top-k). `sampled`: nothing; the listed masses sum to one and are an
+unbiased estimate of the whole distribution.
+"""
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A few classes of each token's distribution, and what the teacher itself measured on all of them."""
+
+    ids_TK: torch.Tensor
+    """int64, in no order, each class once; -1 in slots that are not used."""
+    probs_TK: torch.Tensor
+    """fp32 mass of each; 0 in slots that are not used."""
+    tail: Tail
+    entropy_T: torch.Tensor
+    """Entropy of the whole distribution at `temperature`, nats."""
+    ce_T: torch.Tensor
+    """-log p(label) at temperature 1, nats."""
+    temperature: float = 1.0
+    """The one the masses were made with; a loss at another is refused."""
+    present_T: torch.Tensor | None = None
+    """False where there is no target: the loss is the cross-entropy there. None: all are present."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_TK.shape[0]
+
+
+SoftTargets = FullTargets | SparseTargets
+"""What a loss takes."""
+
+
+def make_targets(outputs: torch.Tensor, head_VG: torch.Tensor | None) -> FullTargets:
     """Targets from a model's outputs: hidden_TG with its head, or logits_TV when there is no plain head."""
     if head_VG is None:
         return DenseTargets(outputs.detach())
