@@ -6,6 +6,7 @@ FLOPs per token, and what the herd does in a day. No device is touched and no da
 
 from transformers import Llama4TextConfig
 
+from distill.losses.chunks import chunk_of
 from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
@@ -62,7 +63,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             accumulation=accumulation,
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
-            chunk_tokens=config.loss.chunk_tokens,
+            chunk_tokens=config.loss.chunk_tokens or chunk_of(text.vocab_size),
         )
         plans[name] = plan(text, setup)
     return plans

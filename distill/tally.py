@@ -60,7 +60,7 @@ class Tally:
 
     def step_stats(self, step: int) -> StepStats:
         return StepStats(
-            step=step, student_ce=self.mean("ce"), teacher_ce=self.mean("teacher_ce"), divergence=self.mean("kd")
+            step=step, student_ce=self.mean("ce"), teacher_ce=self.mean("teacher_ce"), divergence=self.mean("kl")
         )
 
     def metrics(self, label: str, *, with_targets: bool) -> dict[str, float | list]:

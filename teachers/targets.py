@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+LEAST_LOGIT = -1e30
+"""Stands for -inf: no mass in any precision, and still finite after a division by a temperature."""
+
 
 class FullTargets(Protocol):
     """A teacher's whole distribution, made a chunk at a time."""
 
     def logits(self, rows: slice) -> torch.Tensor:
-        """Teacher logits [C, V] of these tokens, without gradient."""
+        """Teacher logits [C, V] of these tokens: a tensor of its own, none -inf, without gradient."""
         ...
 
     @property
@@ -51,7 +54,8 @@ class DenseTargets:
     logits_TV: torch.Tensor
 
     def logits(self, rows: slice) -> torch.Tensor:
-        return self.logits_TV[rows].detach()
+        # A class ruled out has mass 0 and logit -inf, whose product would be NaN.
+        return self.logits_TV[rows].detach().clamp(min=max(LEAST_LOGIT, torch.finfo(self.logits_TV.dtype).min))
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +75,7 @@ class SparseTargets:
     """A few classes of each token's distribution, and what the teacher itself measured on all of them."""
 
     ids_TK: torch.Tensor
-    """int64, in no order, each class once; -1 in slots that are not used."""
+    """int64, in no order, each class once; slots that are not used come last and hold -1."""
     probs_TK: torch.Tensor
     """fp32 mass of each; 0 in slots that are not used."""
     tail: Tail

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses.kernel import STATS, Alpha, TokenStats, mix_chunk
+from distill.losses.chunks import chunk_of
+from distill.losses.divergences import divergence as named_divergence
+from distill.losses.kernel import STATS, LossTerms, check_targets, mix_chunk
+from distill.losses.token_stats import Alpha, TokenStats
 from herd.run.errors import ConfigError
 from teachers.targets import SoftTargets
-
-__all__ = ["Distillation", "TokenStats", "distillation_from_logits", "fused_linear_distillation"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Distillation:
 
     loss: torch.Tensor
     stats_ST: torch.Tensor
-    """Per token, zero where ignored: ce, kd, teacher_ce, teacher_entropy, alpha."""
+    """Per token, zero where ignored, in the order of distill.losses.kernel.STATS."""
     num_tokens: torch.Tensor
     """Valid tokens, a scalar tensor."""
 
@@ -47,18 +48,32 @@ def fused_linear_distillation(
     *,
     alpha: Alpha = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    parameter: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     normalizer: torch.Tensor | float | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Distillation:
-    """(1 - alpha) CE(label) + alpha temperature^2 KL(teacher || student), summed over valid tokens / normalizer.
+    """(1 - alpha) CE(label) + alpha temperature^2 D(teacher, student), summed over valid tokens / normalizer.
 
     `labels_T` are already shifted. `normalizer` is the number of valid tokens the loss is a mean over (all
-    micro-batches and ranks); by default those of this call. With no targets it is the cross-entropy.
-    Peak extra memory: the gradients of both inputs and a few [chunk_tokens, V] tensors.
+    micro-batches and ranks); by default those of this call. With no targets it is the cross-entropy. Divergences and
+    their `parameter`: distill.losses.divergences. Peak extra memory: the gradients of both inputs and a few
+    [chunk_tokens, V] tensors.
     """
-    _check(hidden_TH.shape[0], labels_T, targets, alpha, temperature)
-    job = _Job.of(labels_T, targets, alpha, temperature, ignore_index, normalizer, chunk_tokens)
+    job = _Job.of(
+        hidden_TH.shape[0],
+        head_VH.shape[0],
+        labels_T,
+        targets,
+        alpha=alpha,
+        terms=_terms(divergence, parameter, temperature, label_smoothing, z_loss),
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        chunk_tokens=chunk_tokens,
+    )
     loss, stats_ST = _FusedLinear.apply(hidden_TH, head_VH, job)
     return Distillation(loss, stats_ST, job.valid_T.sum())
 
@@ -70,15 +85,39 @@ def distillation_from_logits(
     *,
     alpha: Alpha = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    parameter: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     normalizer: torch.Tensor | float | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Distillation:
     """The same loss for a model whose logits are more than hidden states times a matrix (soft caps, scales)."""
-    _check(logits_TV.shape[0], labels_T, targets, alpha, temperature)
-    job = _Job.of(labels_T, targets, alpha, temperature, ignore_index, normalizer, chunk_tokens)
+    job = _Job.of(
+        *logits_TV.shape,
+        labels_T,
+        targets,
+        alpha=alpha,
+        terms=_terms(divergence, parameter, temperature, label_smoothing, z_loss),
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        chunk_tokens=chunk_tokens,
+    )
     loss, stats_ST = _FromLogits.apply(logits_TV, job)
     return Distillation(loss, stats_ST, job.valid_T.sum())
+
+
+def _terms(
+    divergence: str, parameter: float | None, temperature: float, label_smoothing: float, z_loss: float
+) -> LossTerms:
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be above 0")
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(f"label_smoothing = {label_smoothing}: must be in [0, 1]")
+    if not z_loss >= 0:
+        raise ConfigError(f"z_loss = {z_loss}: must be 0 or more")
+    return LossTerms(named_divergence(divergence, parameter), temperature, label_smoothing, z_loss)
 
 
 @dataclass(frozen=True)
@@ -89,32 +128,43 @@ class _Job:
     valid_T: torch.Tensor
     targets: SoftTargets | None
     alpha: Alpha
-    temperature: float
+    terms: LossTerms
     chunk_tokens: int
     scale: torch.Tensor
+    """1 / normalizer, fp64."""
 
     @classmethod
-    def of(cls, labels_T, targets, alpha, temperature, ignore_index, normalizer, chunk_tokens) -> "_Job":
+    def of(cls, num_tokens, vocabulary, labels_T, targets, *, alpha, terms, ignore_index, normalizer, chunk_tokens):
+        _check(num_tokens, labels_T, targets, alpha)
+        if targets is not None:
+            check_targets(targets, terms)
         valid_T = labels_T != ignore_index
         count = valid_T.sum() if normalizer is None else torch.as_tensor(normalizer)
-        scale = 1.0 / count.double().clamp_min(1)
-        return cls(labels_T.masked_fill(~valid_T, 0), valid_T, targets, alpha, temperature, chunk_tokens, scale)
+        return cls(
+            labels_T.masked_fill(~valid_T, 0),
+            valid_T,
+            targets,
+            alpha,
+            terms,
+            chunk_tokens or chunk_of(vocabulary),
+            1.0 / count.double().clamp_min(1),
+        )
 
     def chunks(self) -> list[slice]:
         step = self.chunk_tokens
         return [slice(start, min(start + step, len(self.labels_T))) for start in range(0, len(self.labels_T), step)]
 
     def run(self, logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Statistics [S, C] and the scaled gradient [C, V], which overwrites the fp32 (or fp64) logits."""
-        stats_SC, gradient_CV = mix_chunk(
+        """Loss [C] and statistics [S, C]; every token's own gradient, ignored ones' too, overwrites the logits."""
+        return mix_chunk(
             logits_CV,
             self.labels_T[rows],
-            self.valid_T[rows].to(logits_CV.dtype),
-            None if self.targets is None else self.targets.logits(rows),
+            self.valid_T[rows],
+            self.targets,
+            rows,
             alpha=self._alpha_of(rows),
-            temperature=self.temperature,
+            terms=self.terms,
         )
-        return stats_SC, gradient_CV.mul_(self.scale)
 
     def _alpha_of(self, rows: slice) -> Callable[[TokenStats], torch.Tensor]:
         alpha = self.alpha
@@ -123,10 +173,6 @@ class _Job:
         if isinstance(alpha, torch.Tensor):
             return lambda stats: alpha[rows].to(stats.student_ce.dtype)
         return lambda stats: torch.full_like(stats.student_ce, alpha)
-
-    def total(self, stats_ST: torch.Tensor) -> torch.Tensor:
-        ce_T, kd_T, _, _, alpha_T = stats_ST
-        return (((1 - alpha_T) * ce_T + alpha_T * self.temperature**2 * kd_T).sum() * self.scale).to(stats_ST.dtype)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -145,20 +191,27 @@ class _FusedLinear(torch.autograd.Function):
         # Summing chunks in bf16 would lose the small ones, so the head's gradient is gathered in fp32.
         grad_VH = torch.zeros_like(head_VH, dtype=working) if need_head else None
         stats_ST = hidden_TH.new_empty((len(STATS), hidden_TH.shape[0]), dtype=working)
+        total = stats_ST.new_zeros((), dtype=torch.float64)
         for rows in job.chunks():
-            hidden_CH = hidden_TH[rows]
-            logits_CV = (hidden_CH @ head_VH.T).to(working)
-            stats_ST[:, rows], gradient_CV = job.run(logits_CV, rows)
-            gradient_CV = gradient_CV.to(hidden_TH.dtype)
+            logits_CV = (hidden_TH[rows] @ head_VH.T).to(working)
+            loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
+            total += loss_C.sum(dtype=torch.float64)
+            gradient_CV = logits_CV.to(hidden_TH.dtype)
             if need_hidden:
                 torch.mm(gradient_CV, head_VH, out=grad_TH[rows])
+            # Ignored tokens leave by their hidden state: a row of H numbers, not of V.
+            hidden_CH = hidden_TH[rows].masked_fill(~job.valid_T[rows, None], 0.0)
             if need_head and working == head_VH.dtype:
                 grad_VH.addmm_(gradient_CV.T, hidden_CH)
             elif need_head:
                 grad_VH.add_(gradient_CV.T @ hidden_CH)
-        ctx.gradients = (grad_TH, None if grad_VH is None else grad_VH.to(head_VH.dtype))
+        if need_hidden:
+            grad_TH.mul_(job.scale.to(working)).masked_fill_(~job.valid_T[:, None], 0.0)
+        if need_head:
+            grad_VH = grad_VH.mul_(job.scale).to(head_VH.dtype)
+        ctx.gradients = (grad_TH, grad_VH)
         ctx.mark_non_differentiable(stats_ST)
-        return job.total(stats_ST), stats_ST
+        return (total * job.scale).to(working), stats_ST
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -176,12 +229,15 @@ class _FromLogits(torch.autograd.Function):
         working = _working(logits_TV.dtype)
         grad_TV = torch.empty_like(logits_TV)
         stats_ST = logits_TV.new_empty((len(STATS), logits_TV.shape[0]), dtype=working)
+        total = stats_ST.new_zeros((), dtype=torch.float64)
         for rows in job.chunks():
-            stats_ST[:, rows], gradient_CV = job.run(logits_TV[rows].to(working, copy=True), rows)
-            grad_TV[rows] = gradient_CV
+            logits_CV = logits_TV[rows].to(working, copy=True)
+            loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
+            total += loss_C.sum(dtype=torch.float64)
+            grad_TV[rows] = logits_CV.mul_(job.scale).masked_fill_(~job.valid_T[rows, None], 0.0)
         ctx.gradient = grad_TV
         ctx.mark_non_differentiable(stats_ST)
-        return job.total(stats_ST), stats_ST
+        return (total * job.scale).to(working), stats_ST
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -189,14 +245,16 @@ class _FromLogits(torch.autograd.Function):
         return gradient.mul_(grad_loss.to(gradient.dtype)), None
 
 
-def _check(
-    num_tokens: int, labels_T: torch.Tensor, targets: SoftTargets | None, alpha: Alpha, temperature: float
-) -> None:
+def _check(num_tokens: int, labels_T: torch.Tensor, targets: SoftTargets | None, alpha: Alpha) -> None:
     if labels_T.shape != (num_tokens,):
         raise ConfigError(f"labels have shape {tuple(labels_T.shape)}, hidden states {num_tokens} tokens; flatten both")
     if targets is not None and targets.num_tokens != num_tokens:
         raise ConfigError(f"targets cover {targets.num_tokens} tokens, the student {num_tokens}; use the same batch")
-    if not temperature > 0:
-        raise ConfigError(f"temperature = {temperature}: must be above 0")
-    if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
+    if isinstance(alpha, torch.Tensor):
+        if alpha.shape != (num_tokens,):
+            raise ConfigError(f"alpha has shape {tuple(alpha.shape)}, one a token is ({num_tokens},)")
+        outside = alpha[~((alpha >= 0) & (alpha <= 1))]
+        if len(outside):
+            raise ConfigError(f"alpha = {outside[0].item():g}: every token's must be in [0, 1]")
+    elif not callable(alpha) and not 0 <= alpha <= 1:
         raise ConfigError(f"alpha = {alpha}: must be in [0, 1]")

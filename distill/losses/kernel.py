@@ -1,8 +1,8 @@
-"""The mathematics of one chunk: logits in, loss statistics and the gradient of the logits out.
+"""The mathematics of one chunk: logits in; loss, statistics and the gradient of the logits out.
 
-Called by distill.losses.fused for every chunk; all of it is fp32 and without autograd.
-Shapes: C tokens of the chunk, V student vocabulary, W shared vocabulary (min of student's and teacher's).
-Maths: (1-a) CE(y,q) + a t^2 KL(p_t || q_t); gradient (1-a)(q - e_y) + a t (q_t - p_t)  (Hinton 1503.02531).
+Called by distill.losses.fused for every chunk; all of it is fp32 (or fp64) and without autograd.
+Shapes: C tokens of the chunk, V student vocabulary, S statistics of STATS.
+loss = (1-a) CE(y', q) + a t^2 D(p_t, q_t) + z (log sum exp)^2; its gradient overwrites the logits.
 """
 
 from collections.abc import Callable
@@ -10,101 +10,129 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.losses.divergences import Divergence, forward_kl
+from distill.losses.soft_gradient import SoftGradient, bucket_gradient, full_targets_gradient, sampled_gradient
+from distill.losses.token_stats import TokenStats
+from herd.run.errors import ConfigError
+from teachers.targets import SoftTargets, SparseTargets
+
+STATS = ("ce", "kd", "kl", "teacher_ce", "teacher_entropy", "alpha")
+
 
 @dataclass(frozen=True)
-class TokenStats:
-    """What a weight may look at, token by token: all [C], fp32, without gradient."""
+class LossTerms:
+    """What the loss of a token is made of, the same for all tokens."""
 
-    student_ce: torch.Tensor
-    """-log q(label), nats."""
-    teacher_ce: torch.Tensor
-    """-log p(label), nats; 0 without a teacher."""
-    teacher_entropy: torch.Tensor
-    """H(p), nats; 0 without a teacher."""
-
-
-Alpha = float | torch.Tensor | Callable[[TokenStats], torch.Tensor]
-"""Weight of the soft target: one number, one per token [T], or a function of the tokens' statistics."""
-
-STATS = ("ce", "kd", "teacher_ce", "teacher_entropy", "alpha")
-
-
-def soft_divergence(
-    logits_CV: torch.Tensor,
-    teacher_CW: torch.Tensor,
-    normalizer_C: torch.Tensor,
-    teacher_normalizer_C: torch.Tensor,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL(p_t || q_t) and H(p_t), both [C], and p_t [C, W]. `teacher_CW` is overwritten.
-
-    The normalisers are log sum exp of both at temperature 1. The student may have more classes than the teacher: the
-    teacher's mass there is zero, the student's is not.
-    """
-    if temperature != 1.0:
-        teacher_CW.div_(temperature)
-        logits_CV = logits_CV / temperature
-        normalizer_C, teacher_normalizer_C = logits_CV.logsumexp(1), teacher_CW.logsumexp(1)
-    teacher_CW.sub_(teacher_normalizer_C[:, None])
-    probability_CW = teacher_CW.exp()
-    entropy_C = -torch.linalg.vecdot(probability_CW, teacher_CW)
-    shared_CW = logits_CV[:, : probability_CW.shape[1]]
-    kd_C = normalizer_C - entropy_C - torch.linalg.vecdot(probability_CW, shared_CW)
-    return kd_C, entropy_C, probability_CW
+    divergence: Divergence = forward_kl
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    """Share of the hard target spread over the whole vocabulary; the reported cross-entropy stays the plain one."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log sum exp (PaLM, 2204.02311), whatever alpha is."""
 
 
 def mix_chunk(
     logits_CV: torch.Tensor,
     labels_C: torch.Tensor,
     valid_C: torch.Tensor,
-    teacher_CV: torch.Tensor | None,
+    targets: SoftTargets | None,
+    rows: slice,
     *,
     alpha: Callable[[TokenStats], torch.Tensor],
-    temperature: float,
+    terms: LossTerms,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistics [5, C] in the order of STATS, and d(loss)/d(logits) [C, V] written over `logits_CV`.
+    """Loss [C] and statistics [S, C]; d(loss)/d(logits) [C, V] is written over `logits_CV`.
 
-    `labels_C` must be in range everywhere; where `valid_C` is false statistics and gradient are zero.
+    `labels_C` must be in range everywhere. Loss and statistics are zero where `valid_C` is false; the gradient is left
+    to the caller, who scales it without a pass of its own.
     """
-    normalizer_C = logits_CV.logsumexp(1)
-    student_ce_C = normalizer_C - logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-    if teacher_CV is None:
-        zeros_C = torch.zeros_like(student_ce_C)
-        kd_C, teacher_ce_C, entropy_C, alpha_C = zeros_C, zeros_C, zeros_C, zeros_C
-        gradient_CV = logits_CV.sub_(normalizer_C[:, None]).exp_()
-        gradient_CV.scatter_add_(1, labels_C[:, None], -torch.ones_like(labels_C, dtype=gradient_CV.dtype)[:, None])
+    label_C, highest_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1), logits_CV.amax(1)
+    mean_C = logits_CV.mean(1) if terms.label_smoothing else label_C
+    soft, teacher_ce_C = None, torch.zeros_like(label_C)
+    if targets is not None:
+        soft, teacher_ce_C = _soft(logits_CV, labels_C, targets, rows, terms)
+    q_CV = torch.softmax(logits_CV, 1, out=logits_CV)
+    normalizer_C = highest_C - q_CV.amax(1).log()
+    ce_C = normalizer_C - label_C
+    hard_C = ce_C + terms.label_smoothing * (label_C - mean_C)
+    if soft is None:
+        alpha_C, kd_C, kl_C, entropy_C = (torch.zeros_like(ce_C) for _ in range(4))
     else:
-        shared = min(logits_CV.shape[1], teacher_CV.shape[1])
-        teacher_CW = teacher_CV[:, :shared].to(logits_CV.dtype, copy=True)
-        teacher_normalizer_C = teacher_CW.logsumexp(1)
-        teacher_ce_C = teacher_normalizer_C - teacher_CW.gather(1, labels_C[:, None].clamp_max(shared - 1)).squeeze(1)
-        kd_C, entropy_C, probability_CW = soft_divergence(
-            logits_CV, teacher_CW, normalizer_C, teacher_normalizer_C, temperature
-        )
-        del teacher_CW
-        alpha_C = alpha(TokenStats(student_ce_C, teacher_ce_C, entropy_C))
-        gradient_CV = _mixed_gradient(
-            logits_CV, labels_C, probability_CW, alpha_C[:, None], temperature, normalizer_C[:, None]
-        )
-    gradient_CV.mul_(valid_C[:, None])
-    stats_SC = torch.stack((student_ce_C, kd_C, teacher_ce_C, entropy_C, alpha_C)).mul_(valid_C)
-    return stats_SC, gradient_CV
+        kd_C, kl_C = (x_C + normalizer_C if soft.mixes else x_C for x_C in (soft.value_C, soft.kl_C))
+        entropy_C, products = soft.entropy_C, lambda: soft.products(q_CV, labels_C)
+        tokens = TokenStats(ce_C, teacher_ce_C, kl_C, entropy_C, soft.peak_C, soft.square, products)
+        alpha_C = _where_present(targets, rows, alpha(tokens))
+    loss_C = (1 - alpha_C) * hard_C + alpha_C * terms.temperature**2 * kd_C
+    if terms.z_loss:
+        loss_C = loss_C + terms.z_loss * normalizer_C.square()
+    _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, terms)
+    stats_SC = torch.stack((ce_C, kd_C, kl_C, teacher_ce_C, entropy_C, alpha_C))
+    return loss_C.masked_fill(~valid_C, 0.0), stats_SC.masked_fill_(~valid_C, 0.0)
 
 
-def _mixed_gradient(
-    logits_CV: torch.Tensor,
+def _soft(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, targets: SoftTargets, rows: slice, terms: LossTerms
+) -> tuple[SoftGradient, torch.Tensor]:
+    """The soft half of this chunk, and the teacher's own -log p(label) [C] at temperature 1."""
+    settings = {"temperature": terms.temperature}
+    if isinstance(targets, SparseTargets):
+        ids_CK, probs_CK = targets.ids_TK[rows], targets.probs_TK[rows].to(logits_CV.dtype)
+        used_CK, ids_CK = ids_CK >= 0, ids_CK.clamp_min(0)
+        teacher_ce_C, entropy_C = (x_T[rows].to(logits_CV.dtype) for x_T in (targets.ce_T, targets.entropy_T))
+        if targets.tail == "sampled":
+            return sampled_gradient(logits_CV, ids_CK, probs_CK, entropy_C, **settings), teacher_ce_C
+        settings["divergence"] = terms.divergence
+        return bucket_gradient(logits_CV, ids_CK, used_CK, probs_CK, entropy_C, **settings), teacher_ce_C
+    teacher_CW = targets.logits(rows)[:, : logits_CV.shape[1]].to(logits_CV.dtype)
+    label_C = teacher_CW.gather(1, labels_C[:, None].clamp_max(teacher_CW.shape[1] - 1)).squeeze(1)
+    soft, normalizer_C = full_targets_gradient(logits_CV, teacher_CW, divergence=terms.divergence, **settings)
+    return soft, normalizer_C - label_C
+
+
+def check_targets(targets: SoftTargets, terms: LossTerms) -> None:
+    """Raise ConfigError for sparse targets that this loss cannot read."""
+    if not isinstance(targets, SparseTargets):
+        return
+    if targets.temperature != terms.temperature:
+        raise ConfigError(
+            f"temperature = {terms.temperature}: these targets were made at {targets.temperature}, and a few classes "
+            "cannot be brought to another; use that one"
+        )
+    if targets.tail == "sampled" and terms.divergence is not forward_kl:
+        raise ConfigError(
+            "divergence: sampled targets are an estimate of p that only the forward KL, linear in p, reads without "
+            "bias; use forward_kl, or targets with a tail bucket"
+        )
+
+
+def _where_present(targets: SoftTargets, rows: slice, alpha_C: torch.Tensor) -> torch.Tensor:
+    if isinstance(targets, SparseTargets) and targets.present_T is not None:
+        return alpha_C.masked_fill(~targets.present_T[rows], 0.0)
+    return alpha_C
+
+
+def _to_gradient(
+    q_CV: torch.Tensor,
     labels_C: torch.Tensor,
-    probability_CW: torch.Tensor,
-    alpha_C1: torch.Tensor,
-    temperature: float,
-    normalizer_C1: torch.Tensor,
-) -> torch.Tensor:
-    """(1-a)(q - e_y) + a t (q_t - p_t), in place of the logits; at t = 1 it is q - (a p + (1-a) e_y)."""
-    shared = probability_CW.shape[1]
-    if temperature == 1.0:
-        gradient_CV = logits_CV.sub_(normalizer_C1).exp_()
-    else:
-        soft_CV = torch.softmax(logits_CV / temperature, dim=1).mul_(alpha_C1 * temperature)
-        gradient_CV = logits_CV.sub_(normalizer_C1).exp_().mul_(1 - alpha_C1).add_(soft_CV)
-    gradient_CV[:, :shared].sub_(probability_CW.mul_(alpha_C1 * temperature))
-    return gradient_CV.scatter_add_(1, labels_C[:, None], (alpha_C1 - 1).to(gradient_CV.dtype))
+    normalizer_C: torch.Tensor,
+    alpha_C: torch.Tensor,
+    soft: SoftGradient | None,
+    terms: LossTerms,
+) -> None:
+    """From the probabilities to the gradient of the whole loss, in place.
+
+    (1-a)(q - y') + a u + 2 z lse q. With forward KL at temperature 1 it is q - (a p + (1-a) y'): one pass.
+    """
+    hard_C = 1 - alpha_C
+    share_C = torch.ones_like(alpha_C) if soft is None or soft.mixes else hard_C
+    if soft is not None and soft.factor_C is not None:
+        share_C = share_C + alpha_C * soft.factor_C
+    if terms.z_loss:
+        share_C = share_C + 2 * terms.z_loss * normalizer_C
+    if terms.z_loss or not (soft is None or soft.mixes):
+        q_CV.mul_(share_C[:, None])
+    if soft is not None:
+        soft.add_to(q_CV, alpha_C)
+    if terms.label_smoothing:
+        q_CV.sub_((hard_C * (terms.label_smoothing / q_CV.shape[1]))[:, None])
+    q_CV.scatter_add_(1, labels_C[:, None], (hard_C * (terms.label_smoothing - 1))[:, None])

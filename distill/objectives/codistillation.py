@@ -18,8 +18,7 @@ import torch
 from distill import weighting
 from distill.engine import Member
 from distill.learner import FusedLoss
-from distill.losses import Distillation, distillation_from_logits, fused_linear_distillation
-from distill.losses.kernel import Alpha
+from distill.losses import Alpha, Distillation, distillation_from_logits, fused_linear_distillation
 from distill.schedule import learning_rate
 from distill.tally import Tally
 from herd.data.batches import Batch
@@ -150,11 +149,16 @@ class Herd:
         normalizer: torch.Tensor | None = None,
     ) -> FusedLoss:
         """The loss this model's head computes, as a function of its input."""
+        loss = self.config.loss
         settings = {
             "alpha": alpha,
-            "temperature": self.config.loss.temperature,
+            "temperature": loss.temperature,
+            "divergence": loss.divergence,
+            "parameter": loss.divergence_parameter,
+            "label_smoothing": loss.label_smoothing,
+            "z_loss": loss.z_loss,
             "normalizer": normalizer,
-            "chunk_tokens": self.config.loss.chunk_tokens,
+            "chunk_tokens": loss.chunk_tokens,
         }
 
         def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:

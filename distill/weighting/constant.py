@@ -5,7 +5,7 @@ weighting = Constant(0.5)
 
 import torch
 
-from distill.losses.kernel import TokenStats
+from distill.losses.token_stats import TokenStats
 from distill.weighting.interface import StepStats
 
 

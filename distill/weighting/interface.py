@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distill.losses.kernel import TokenStats
+from distill.losses.token_stats import TokenStats
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StepStats:
     student_ce: float
     teacher_ce: float
     divergence: float
-    """KL(teacher || student), at the loss's temperature."""
+    """KL(teacher || student) at the loss's temperature, whichever divergence is trained."""
 
 
 class Weighting(Protocol):

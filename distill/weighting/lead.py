@@ -9,7 +9,7 @@ Why two factors, and what they measured on good, young and immature teachers: do
 
 import torch
 
-from distill.losses.kernel import TokenStats
+from distill.losses.token_stats import TokenStats
 from distill.weighting.interface import StepStats
 from herd.run.schema import LeadAlpha
 

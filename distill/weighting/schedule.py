@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from distill.losses.kernel import TokenStats
+from distill.losses.token_stats import TokenStats
 from distill.weighting.interface import StepStats
 from herd.run.schema import ScheduledAlpha
 

@@ -58,7 +58,7 @@ class Setup:
     sequence_length: int = 8192
     micro_rows: int = 1
     """Sequences per rank and forward."""
-    chunk_tokens: int = 512
+    chunk_tokens: int
     """Tokens whose logits exist at one time."""
     persistence_threshold: int = PERSISTENCE_THRESHOLD
     reduce_bucket: int = REDUCE_BUCKET

@@ -9,6 +9,7 @@ from herd.run import deepspeed_config
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
+WITH_PARAMETER = ("jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
 RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
 
 
@@ -21,6 +22,14 @@ def faults(config: Config) -> Iterator[str]:
             f"teacher.head_start = {config.teacher.head_start}: a {config.teacher.mode} teacher does not train; "
             "set it to 0, or teacher.mode to codistill"
         )
+    loss = config.loss
+    if loss.divergence_parameter is not None and loss.divergence not in WITH_PARAMETER:
+        yield (
+            f"loss.divergence_parameter = {loss.divergence_parameter:g}: {loss.divergence} has none; leave it out, or "
+            f"set loss.divergence to one of {', '.join(WITH_PARAMETER)}"
+        )
+    if loss.divergence_parameter == 1 and loss.divergence.startswith("skew"):
+        yield f"loss.divergence_parameter = 1: {loss.divergence} is zero everywhere at 1; use less"
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (

@@ -179,10 +179,21 @@ class Loss(Section):
     """How soft and hard targets are mixed."""
     temperature: float = Field(1.0, gt=0.0)
     """Of the soft targets; their loss is multiplied by its square."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd"] = (
+        "forward_kl"
+    )
+    """Between teacher and student."""
+    divergence_parameter: float | None = Field(None, ge=0.0, le=1.0)
+    """jsd: weight of the teacher (0.5). skew_kl, skew_reverse_kl: share mixed in, below 1 (0.1). adaptive_kl: teacher
+    mass that counts as the head (0.5). The others have none."""
+    label_smoothing: Fraction = 0.0
+    """Share of the hard target spread over the whole vocabulary."""
+    z_loss: float = Field(0.0, ge=0.0)
+    """Coefficient of the squared log sum exp of the student's logits."""
     balance: float = Field(0.01, ge=0.0)
     """Coefficient of the experts' load-balancing loss."""
-    chunk_tokens: int = Field(512, gt=0)
-    """Tokens whose logits exist at one time."""
+    chunk_tokens: int | None = Field(None, gt=0)
+    """Tokens whose logits exist at one time; by default as many as make 8 MiB of them, 64 at least."""
 
 
 class Parallel(Section):

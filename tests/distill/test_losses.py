@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.losses import DenseTargets, LinearTargets, distillation_from_logits, fused_linear_distillation
+from distill.losses.kernel import STATS
 from herd.run.errors import ConfigError
 
 
@@ -83,7 +84,9 @@ def test_per_token_alpha_equals_a_function_that_returns_it():
     chosen = fused_linear_distillation(
         hidden, head, labels, teacher, alpha=lambda s: torch.sigmoid(s.student_ce - s.teacher_ce), chunk_tokens=4
     )
-    again = fused_linear_distillation(hidden, head, labels, teacher, alpha=chosen.stats_ST[4], chunk_tokens=13)
+    again = fused_linear_distillation(
+        hidden, head, labels, teacher, alpha=chosen.stats_ST[STATS.index("alpha")], chunk_tokens=13
+    )
     torch.testing.assert_close(chosen.loss, again.loss, rtol=1e-12, atol=0)
 
 
@@ -93,8 +96,8 @@ def test_statistics_are_the_teachers_cross_entropy_and_entropy():
     log_p = torch.log_softmax(teacher.hidden_TG @ teacher.head_VG.T, -1)
     valid = (labels != -100).double()
     ce = -log_p.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
-    torch.testing.assert_close(out.stats_ST[2], ce * valid)
-    torch.testing.assert_close(out.stats_ST[3], -(log_p.exp() * log_p).sum(-1) * valid)
+    torch.testing.assert_close(out.stats_ST[STATS.index("teacher_ce")], ce * valid)
+    torch.testing.assert_close(out.stats_ST[STATS.index("teacher_entropy")], -(log_p.exp() * log_p).sum(-1) * valid)
 
 
 def test_ignored_tokens_get_no_gradient_and_an_all_ignored_batch_gives_zero():

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 
 from distill import weighting
 from distill.losses import distillation_from_logits
-from distill.losses.kernel import STATS, TokenStats
+from distill.losses.kernel import STATS
+from distill.losses.token_stats import GradientProducts, TokenStats
 from distill.schedule import learning_rate
 from distill.weighting import StepStats
 from herd.run.schema import Optim, Weighting
@@ -28,7 +29,10 @@ def make(settings, steps=100):
 
 
 def tokens(count=5):
-    return TokenStats(*(torch.rand(3, count) * 5))
+    student_ce, teacher_ce, kl, entropy = torch.rand(4, count) * 5
+    peak = torch.exp(-entropy)
+    products = GradientProducts(torch.rand(count), torch.rand(count), torch.rand(count) / 2)
+    return TokenStats(student_ce, teacher_ce, kl, entropy, peak, peak.square, lambda: products)
 
 
 def follow(weight, gaps):

@@ -54,7 +54,7 @@ def saved_bytes(model, rows, length):
 def test_activations_are_what_autograd_saves(name, overrides, precision):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = use_sparse_experts(build(name, overrides=overrides, dtype=dtype, seed=0))
-    setup = Setup(precision=precision, sequence_length=128, micro_rows=4)
+    setup = Setup(precision=precision, sequence_length=128, micro_rows=4, chunk_tokens=512)
     estimate = plan(model.config, setup).activations
     assert estimate == pytest.approx(saved_bytes(model, 4, 128), rel=ACTIVATION_TOLERANCE)
 
@@ -62,7 +62,7 @@ def test_activations_are_what_autograd_saves(name, overrides, precision):
 def test_scout_on_512_ranks_follows_from_its_counts():
     config = SPECS["scout"].config()
     parameters, routed = 107_769_861_120, 96_636_764_160
-    held = state_bytes(config, zero=1, expert_parallel=16, world_size=512)
+    held = state_bytes(config, zero=1, expert_parallel=16, world_size=512, chunk_tokens=512)
     assert held.weights == 2 * (parameters - routed + routed // 16)
     assert held.moments == 2 * held.master == pytest.approx(8 * parameters / 512, rel=1e-6)
     assert held.gradients == pytest.approx(2 * parameters / 512, rel=1e-6)
@@ -82,20 +82,22 @@ def test_more_ranks_more_stages_or_more_expert_parallelism_never_cost_memory():
 
 
 def test_the_table_names_every_kind_and_the_sum_is_the_sum():
-    result = plan(SPECS["maverick"].config(), Setup(zero=3, expert_parallel=64, world_size=512))
+    result = plan(SPECS["maverick"].config(), Setup(zero=3, expert_parallel=64, world_size=512, chunk_tokens=512))
     parts = (result.state.total, result.buckets, result.gathered, result.activations, result.logits)
     assert result.bytes_per_rank == sum(parts) and all(parts)
     table = result.table()
     for word in ("386.5 G", "routed experts", "moments", "gathered layer", "FLOPs per token"):
         assert word in table
-    frozen = plan(SPECS["maverick"].config(), Setup(zero=3, expert_parallel=64, world_size=512, frozen=True))
+    frozen = plan(
+        SPECS["maverick"].config(), Setup(zero=3, expert_parallel=64, world_size=512, frozen=True, chunk_tokens=512)
+    )
     assert frozen.activations == frozen.buckets == 0
     assert 3 * frozen.flops_per_token == result.flops_per_token
 
 
 def test_recomputing_keeps_layer_inputs_and_one_layer():
     config = SPECS["scout"].config()
-    result = plan(config, Setup(world_size=16, sequence_length=2048))
+    result = plan(config, Setup(world_size=16, sequence_length=2048, chunk_tokens=512))
     inputs = config.num_hidden_layers * config.hidden_size * 2 * 2048
     assert inputs < result.activations_recomputed < inputs + result.activations / 40
 
