@@ -47,6 +47,8 @@ class StateBytes:
 class Setup:
     """How a model is going to be trained."""
 
+    chunk_tokens: int
+    """Tokens whose logits exist at one time."""
     zero: Literal[1, 2, 3] = 1
     expert_parallel: int = 1
     world_size: int = 1
@@ -58,8 +60,6 @@ class Setup:
     sequence_length: int = 8192
     micro_rows: int = 1
     """Sequences per rank and forward."""
-    chunk_tokens: int
-    """Tokens whose logits exist at one time."""
     persistence_threshold: int = PERSISTENCE_THRESHOLD
     reduce_bucket: int = REDUCE_BUCKET
 
