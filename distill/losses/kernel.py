@@ -77,12 +77,11 @@ def _soft(
     settings = {"temperature": terms.temperature}
     if isinstance(targets, SparseTargets):
         ids_CK, probs_CK = targets.ids_TK[rows], targets.probs_TK[rows].to(logits_CV.dtype)
-        used_CK, ids_CK = ids_CK >= 0, ids_CK.clamp_min(0)
         teacher_ce_C, entropy_C = (x_T[rows].to(logits_CV.dtype) for x_T in (targets.ce_T, targets.entropy_T))
         if targets.tail == "sampled":
-            return sampled_gradient(logits_CV, ids_CK, probs_CK, entropy_C, **settings), teacher_ce_C
+            return sampled_gradient(logits_CV, ids_CK.clamp_min(0), probs_CK, entropy_C, **settings), teacher_ce_C
         settings["divergence"] = terms.divergence
-        return bucket_gradient(logits_CV, ids_CK, used_CK, probs_CK, entropy_C, **settings), teacher_ce_C
+        return bucket_gradient(logits_CV, ids_CK, probs_CK, entropy_C, **settings), teacher_ce_C
     teacher_CW = targets.logits(rows)[:, : logits_CV.shape[1]].to(logits_CV.dtype)
     label_C = teacher_CW.gather(1, labels_C[:, None].clamp_max(teacher_CW.shape[1] - 1)).squeeze(1)
     soft, normalizer_C = full_targets_gradient(logits_CV, teacher_CW, divergence=terms.divergence, **settings)
@@ -124,14 +123,14 @@ def _to_gradient(
     (1-a)(q - y') + a u + 2 z lse q. With forward KL at temperature 1 it is q - (a p + (1-a) y'): one pass.
     """
     hard_C = 1 - alpha_C
-    share_C = torch.ones_like(alpha_C) if soft is None or soft.mixes else hard_C
-    if soft is not None and soft.factor_C is not None:
-        share_C = share_C + alpha_C * soft.factor_C
-    if terms.z_loss:
-        share_C = share_C + 2 * terms.z_loss * normalizer_C
-    if terms.z_loss or not (soft is None or soft.mixes):
-        q_CV.mul_(share_C[:, None])
-    if soft is not None:
+    mixed = soft is None or soft.mixes
+    share_C = (torch.ones_like(alpha_C) if mixed else hard_C) + 2 * terms.z_loss * normalizer_C
+    if soft is None:
+        if terms.z_loss:
+            q_CV.mul_(share_C[:, None])
+    else:
+        if terms.z_loss or not mixed:
+            soft.scale_q(q_CV, share_C, alpha_C)
         soft.add_to(q_CV, alpha_C)
     if terms.label_smoothing:
         q_CV.sub_((hard_C * (terms.label_smoothing / q_CV.shape[1]))[:, None])

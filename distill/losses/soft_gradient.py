@@ -35,15 +35,26 @@ class SoftGradient:
     mixes: bool = False
     """Forward KL at temperature 1, q - p: soft and hard target are one mixed target, and q counts once."""
     factor_C: torch.Tensor | None = None
-    """Multiple of q in the gradient: 1 where `mixes`, else 0 when None."""
+    """Multiple of q in the gradient of the classes that are not listed (a bucket's); None is 0."""
     dense_CW: torch.Tensor | None = None
     sign: float = 1.0
     ids_CK: torch.Tensor | None = None
+    """Slots that are not used repeat the first one, with value 0."""
     values_CK: torch.Tensor | None = None
-    """0 in slots that are not used."""
+    used_CK: torch.Tensor | None = None
+
+    def scale_q(self, q_CV: torch.Tensor, share_C: torch.Tensor, weight_C: torch.Tensor) -> None:
+        """q becomes share q, plus weight times the multiple of it outside the listed classes."""
+        if self.factor_C is None:
+            q_CV.mul_(share_C[:, None])
+            return
+        # A factor can be large where the student's bucket is nearly empty: listed classes must not pass through it.
+        listed_CK = q_CV.gather(1, self.ids_CK) * self.used_CK * share_C[:, None]
+        q_CV.scatter_(1, self.ids_CK, 0.0).mul_((share_C + weight_C * self.factor_C)[:, None])
+        q_CV.scatter_add_(1, self.ids_CK, listed_CK)
 
     def add_to(self, gradient_CV: torch.Tensor, weight_C: torch.Tensor) -> None:
-        """Add weight times everything but the multiple of q, which the caller folds into one pass of its own."""
+        """Add weight times everything that is no multiple of q."""
         if self.dense_CW is not None:
             shared_CW = gradient_CV[:, : self.dense_CW.shape[1]]
             shared_CW.addcmul_(self.dense_CW, weight_C[:, None], value=self.sign)
@@ -56,26 +67,37 @@ class SoftGradient:
     def products(self, q_CV: torch.Tensor, labels_C: torch.Tensor) -> GradientProducts:
         """u.u, v.v and u.v with v = q - e_label, from inner products of the parts."""
         at_C1 = labels_C[:, None]
-        q_square_C, q_label_C = torch.linalg.vecdot(q_CV, q_CV), q_CV.gather(1, at_C1).squeeze(1)
-        factor_C = torch.full_like(q_label_C, float(self.mixes)) if self.factor_C is None else self.factor_C
-        soft_C, with_q_C, at_label_C = factor_C.square() * q_square_C, factor_C * q_square_C, factor_C * q_label_C
+        q_square_C, q_label_C = _dot(q_CV, q_CV), q_CV.gather(1, at_C1).squeeze(1)
+        hard_C = (q_square_C - 2 * q_label_C + 1).clamp_min(0)
+        # u is a multiple of q, plus a dense part, plus a sparse one.
+        factor_C = torch.full_like(q_label_C, float(self.mixes))
+        soft_C, with_q_C, at_label_C = factor_C * q_square_C, factor_C * q_square_C, factor_C * q_label_C
         if self.dense_CW is not None:
             width = self.dense_CW.shape[1]
-            dense_q_C = self.sign * torch.linalg.vecdot(self.dense_CW, q_CV[:, :width])
-            soft_C = soft_C + torch.linalg.vecdot(self.dense_CW, self.dense_CW) + 2 * factor_C * dense_q_C
-            with_q_C = with_q_C + dense_q_C
+            dense_q_C = self.sign * _dot(self.dense_CW, q_CV[:, :width])
             label_C = self.dense_CW.gather(1, at_C1.clamp_max(width - 1)).squeeze(1)
+            soft_C = soft_C + _dot(self.dense_CW, self.dense_CW) + 2 * factor_C * dense_q_C
+            with_q_C = with_q_C + dense_q_C
             at_label_C = at_label_C + self.sign * torch.where(labels_C < width, label_C, 0.0)
         if self.ids_CK is not None:
-            sparse_q_C = torch.linalg.vecdot(self.values_CK, q_CV.gather(1, self.ids_CK))
-            soft_C = soft_C + torch.linalg.vecdot(self.values_CK, self.values_CK) + 2 * factor_C * sparse_q_C
+            listed_q_CK, is_label_CK = q_CV.gather(1, self.ids_CK), self.ids_CK == at_C1
+            sparse_q_C = _dot(self.values_CK, listed_q_CK)
+            soft_C = soft_C + _dot(self.values_CK, self.values_CK) + 2 * factor_C * sparse_q_C
             if self.dense_CW is not None:
-                at_ids_CK = self.dense_CW.gather(1, self.ids_CK)
-                soft_C = soft_C + 2 * self.sign * torch.linalg.vecdot(self.values_CK, at_ids_CK)
+                soft_C = soft_C + 2 * self.sign * _dot(self.values_CK, self.dense_CW.gather(1, self.ids_CK))
             with_q_C = with_q_C + sparse_q_C
-            at_label_C = at_label_C + (self.values_CK * (self.ids_CK == at_C1)).sum(1)
-        hard_C = q_square_C - 2 * q_label_C + 1
-        return GradientProducts(soft_C.clamp_min(0), hard_C.clamp_min(0), with_q_C - at_label_C)
+            at_label_C = at_label_C + (self.values_CK * is_label_CK).sum(1)
+        if self.factor_C is not None:
+            outside_C = _dot(q_CV.scatter_(1, self.ids_CK, 0.0), q_CV)
+            q_CV.scatter_(1, self.ids_CK, listed_q_CK)
+            soft_C = soft_C + self.factor_C.square() * outside_C
+            with_q_C = with_q_C + self.factor_C * outside_C
+            at_label_C = at_label_C + torch.where(is_label_CK.any(1), 0.0, self.factor_C * q_label_C)
+        return GradientProducts(soft_C.clamp_min(0), hard_C, with_q_C - at_label_C)
+
+
+def _dot(left_CN: torch.Tensor, right_CN: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot(left_CN, right_CN)
 
 
 def full_targets_gradient(
@@ -147,7 +169,6 @@ def sampled_gradient(
 def bucket_gradient(
     logits_CV: torch.Tensor,
     ids_CK: torch.Tensor,
-    used_CK: torch.Tensor,
     probs_CK: torch.Tensor,
     entropy_C: torch.Tensor,
     *,
@@ -156,29 +177,34 @@ def bucket_gradient(
 ) -> SoftGradient:
     """Any divergence between the listed classes and one bucket of all others, never more than the whole one.
 
-    A class j of the bucket gets the bucket's gradient times q_j / q_bucket. The student's bucket is a log sum exp
-    over the classes in it: 1 minus the listed mass would lose its digits.
+    `ids_CK` is -1 in unused slots. A class j of the bucket gets the bucket's gradient times q_j / q_bucket. The
+    student's bucket is a log sum exp over the classes in it: 1 minus the listed mass would lose its digits.
     """
+    used_CK = ids_CK >= 0
+    used_CK[:, 0] = True  # of a token without target: its weight is 0
+    ids_CK = torch.where(used_CK, ids_CK, ids_CK[:, :1]).clamp_min_(0)
     # The listed classes are taken out of the logits for one log sum exp, and put back: no copy of the chunk.
-    out_CK = torch.where(used_CK, ids_CK, ids_CK[:, :1])
-    raw_CK = logits_CV.gather(1, out_CK)
-    others_CV = logits_CV.scatter_(1, out_CK, -torch.inf)
+    raw_CK = logits_CV.gather(1, ids_CK)
+    others_CV = logits_CV.scatter_(1, ids_CK, -torch.inf)
     bucket_C1 = (others_CV if temperature == 1.0 else others_CV / temperature).logsumexp(1, keepdim=True)
-    logits_CV.scatter_(1, out_CK, raw_CK)
+    logits_CV.scatter_(1, ids_CK, raw_CK)
     listed_CK = (raw_CK / temperature).masked_fill_(~used_CK, -torch.inf)
     log_q_CK = torch.cat((listed_CK, bucket_C1), 1).log_softmax(1)
     log_q_CK.clamp_min_(torch.finfo(log_q_CK.dtype).min / 4)  # unused slots: finite, so that nothing times 0 is NaN
     log_q_CK[:, -1].clamp_min_(LEAST_BUCKET)
     rest_C1 = (1 - probs_CK.sum(1, keepdim=True)).clamp_min_(0)
     log_p_CK = torch.cat((probs_CK, rest_C1), 1).log()
-    q_CK = log_q_CK.exp()
+    bucket_C = log_q_CK[:, -1].exp()
     kl_C, _ = forward_kl(log_q_CK.clone(), log_p_CK.clone())
     value_C, gradient_CK = divergence(log_q_CK, log_p_CK)
-    per_mass_C = gradient_CK[:, -1] / q_CK[:, -1].clamp_min(torch.finfo(q_CK.dtype).tiny)
-    values_CK = (gradient_CK - q_CK * per_mass_C[:, None])[:, :-1].masked_fill_(~used_CK, 0.0)
+    factor_C = gradient_CK[:, -1] / bucket_C.clamp_min(torch.finfo(bucket_C.dtype).tiny)
+    sparse = {
+        "ids_CK": ids_CK,
+        "values_CK": gradient_CK[:, :-1].masked_fill(~used_CK, 0.0).mul_(temperature),
+        "used_CK": used_CK,
+    }
     peak_C, square_C = probs_CK.amax(1), probs_CK.square().sum(1)
-    parts = {"ids_CK": ids_CK, "values_CK": values_CK.mul_(temperature)}
     if temperature == 1.0:
-        return SoftGradient(value_C, kl_C, entropy_C, peak_C, square_C, factor_C=per_mass_C, **parts)
-    dense_CV = (logits_CV / temperature).softmax(1).mul_(per_mass_C[:, None] * temperature)
-    return SoftGradient(value_C, kl_C, entropy_C, peak_C, square_C, dense_CW=dense_CV, **parts)
+        return SoftGradient(value_C, kl_C, entropy_C, peak_C, square_C, factor_C=factor_C, **sparse)
+    dense_CV = (logits_CV / temperature).softmax(1).mul_(factor_C[:, None] * temperature).scatter_(1, ids_CK, 0.0)
+    return SoftGradient(value_C, kl_C, entropy_C, peak_C, square_C, dense_CW=dense_CV, **sparse)

@@ -62,7 +62,7 @@ def test_activations_are_what_autograd_saves(name, overrides, precision):
 def test_scout_on_512_ranks_follows_from_its_counts():
     config = SPECS["scout"].config()
     parameters, routed = 107_769_861_120, 96_636_764_160
-    held = state_bytes(config, zero=1, expert_parallel=16, world_size=512, chunk_tokens=512)
+    held = state_bytes(config, zero=1, expert_parallel=16, world_size=512)
     assert held.weights == 2 * (parameters - routed + routed // 16)
     assert held.moments == 2 * held.master == pytest.approx(8 * parameters / 512, rel=1e-6)
     assert held.gradients == pytest.approx(2 * parameters / 512, rel=1e-6)
