@@ -1,6 +1,6 @@
 """Try a distillation loss, ours or another project's, for the defects that are known in the wild.
 
-    python -m distill.conformance --target my.module:loss [--target my.module:fused] [--declare labels=unshifted] [--json]
+    python -m distill.conformance --target my.module:loss [--declare labels=unshifted] [--json]
 
 Exit code 5 when a check fails. `--help` and mistakes in the arguments are answered before torch is imported.
 """

@@ -47,11 +47,11 @@ class Layout:
         return laid[:, :-1].flatten(0, 1), laid[:, -1].abs().max().item()
 
 
-def teacher_of(problem: Problem, layout: Layout, temperature: float, *, sparse: bool) -> dict[str, torch.Tensor]:
-    """Every form of teacher the problem can be given with."""
+def teacher_of(problem: Problem, layout: Layout, temperature: float, *, tail: str | None) -> dict[str, torch.Tensor]:
+    """Every form of teacher the problem can be given with: a few classes and what `tail` says of the rest, or all."""
     rows = problem.rows
-    if sparse:
-        ids_TK, probs_TK = problem.sparse(temperature)
+    if tail is not None:
+        ids_TK, probs_TK = (problem.sampled if tail == "sampled" else problem.sparse)(temperature)
         given = {"teacher_ids": ids_TK, "teacher_probs": probs_TK, "teacher_logprobs": probs_TK.log()}
         return {name: layout.lay(x_T, rows) for name, x_T in given.items()}
     log_p_TV = torch.log_softmax(problem.teacher_TV / temperature, 1)

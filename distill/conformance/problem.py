@@ -47,6 +47,21 @@ class Problem:
         probs_TK, ids_TK = p_TV.topk(self.listed or p_TV.shape[1], dim=1)
         return ids_TK, probs_TK
 
+    def sampled(self, temperature: float, uniform_T1: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """An unbiased draw: the likeliest K - 1 classes with their masses, and one of the others with all the rest.
+
+        `uniform_T1`, in (0, 1), draws it; without, it is the middle one, so that a token's draw is always the same.
+        """
+        if self.ids_TK is not None:
+            return self.ids_TK, self.probs_TK
+        p_TV = torch.softmax(self.teacher_TV / temperature, 1)
+        head_TK, ids_TK = p_TV.topk((self.listed or p_TV.shape[1]) - 1, dim=1)
+        others_TV = p_TV.scatter(1, ids_TK, 0.0)
+        rest_T1 = others_TV.sum(1, keepdim=True)
+        uniform_T1 = torch.full_like(rest_T1, 0.5) if uniform_T1 is None else uniform_T1
+        drawn_T1 = torch.searchsorted(others_TV.cumsum(1), uniform_T1 * rest_T1)
+        return torch.cat((ids_TK, drawn_T1), 1), torch.cat((head_TK, rest_T1), 1)
+
     def take(self, rows: slice) -> "Problem":
         """These tokens only, as one row."""
         parts = {"ids_TK": self.ids_TK, "probs_TK": self.probs_TK}

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from distill.conformance.problem import draw
+from distill.conformance.problem import Problem, draw
 from distill.conformance.target import Target, load
 from distill.conformance.verdict import Check, Comparison, NotApplicable, equal
 
@@ -29,13 +29,16 @@ TIMEOUT_S = 240.0
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def _batch() -> Problem:
+    return draw(120, tokens=CUTS[-1], ignored=IGNORED)
+
+
 def part(target: Target, tokens: slice, num_tokens: int) -> tuple[float, torch.Tensor]:
     """Loss of these tokens, of a batch with `num_tokens` labels, and its gradient in a head [V, H] that ranks share."""
-    problem = draw(120, tokens=CUTS[-1], ignored=IGNORED)
     generator = torch.Generator().manual_seed(121)
     hidden_TH = torch.randn(CUTS[-1], 4, generator=generator, dtype=torch.float64)[tokens]
     head_VH = torch.randn(11, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    layout, problem = target.layout, problem.take(tokens)
+    layout, problem = target.layout, _batch().take(tokens)
     if target.fused:
         shared_VH = head_VH.to(layout.device, layout.dtype)
         student = {"student_hidden": layout.lay(hidden_TH, 1).requires_grad_(), "student_head": shared_VH}
@@ -101,9 +104,7 @@ class TwoRanks:
     def _compare(self, target: Target) -> Iterator[Comparison]:
         adds_up(target)
         found = self._outcome()[target.name]
-        value, gradient_VH = part(
-            target, slice(0, CUTS[-1]), int(draw(120, tokens=CUTS[-1], ignored=IGNORED).num_valid)
-        )
+        value, gradient_VH = part(target, slice(0, CUTS[-1]), _batch().num_valid)
         yield equal("loss of two ranks", value, found[0], within=target.close_to(value))
         apart = (torch.tensor(found[1], dtype=torch.float64) - gradient_VH).abs().max().item()
         yield equal("gradient of two ranks, largest difference", 0.0, apart, within=target.within)
@@ -135,7 +136,7 @@ def work(words: str) -> None:
     rank = job["rank"]
     dist.init_process_group("gloo", init_method=Path(job["meeting"]).as_uri(), rank=rank, world_size=WORLD)
     tokens = slice(CUTS[rank], CUTS[rank + 1])
-    labels = torch.tensor(float(draw(120, tokens=CUTS[-1], ignored=IGNORED).take(tokens).num_valid))
+    labels = torch.tensor(float(_batch().take(tokens).num_valid))
     dist.all_reduce(labels)
     out = {}
     for name, facts, device in job["targets"]:

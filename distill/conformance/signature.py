@@ -53,17 +53,16 @@ def read_signature(call: Callable[..., Any], name: str) -> dict[str, inspect.Par
             found[ours] = parameter
         elif parameter.default is parameter.empty:
             raise ConfigError(
-                f"--target {name}: its argument {parameter.name} is not understood; give it a default, or wrap the loss "
-                f"in a function that takes some of {', '.join(NAMES)}"
+                f"--target {name}: its argument {parameter.name} is not understood; give it a default, or wrap the "
+                f"loss in a function that takes some of {', '.join(NAMES)}"
             )
     return _one_teacher(found, name)
 
 
 def _parameters(call: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     if inspect.isclass(call) or not callable(call):
-        raise ConfigError(
-            f"--target {name}: is {'a class' if inspect.isclass(call) else 'no function'}; name a function"
-        )
+        what = "a class" if inspect.isclass(call) else "no function"
+        raise ConfigError(f"--target {name}: is {what}; name a function, or an object that can be called")
     # A torch module is called through its forward, whose arguments are the ones that count.
     described = getattr(call, "forward", call)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -80,8 +79,8 @@ def _one_teacher(found: dict[str, inspect.Parameter], name: str) -> dict[str, in
     student = "student_logits" in found or {"student_hidden", "student_head"} <= found.keys()
     if not offered or not (student or {"input_ids", "teacher_ids"} <= found.keys()):
         raise ConfigError(
-            f"--target {name}: takes {', '.join(found) or 'nothing that is understood'}; a loss takes student_logits (or "
-            "student_hidden, student_head) and teacher_logits (or teacher_hidden, teacher_head, or teacher_ids, "
+            f"--target {name}: takes {', '.join(found) or 'nothing that is understood'}; a loss takes student_logits "
+            "(or student_hidden, student_head) and teacher_logits (or teacher_hidden, teacher_head, or teacher_ids, "
             "teacher_probs)"
         )
     spare = {ours for ours in TEACHERS if ours not in offered[:1]}

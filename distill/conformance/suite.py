@@ -13,7 +13,7 @@ from distill.conformance.checks import CHECKS
 from distill.conformance.ranks import NAME as RANKS
 from distill.conformance.ranks import TwoRanks
 from distill.conformance.target import Target
-from distill.conformance.verdict import Status, Verdict, judge
+from distill.conformance.verdict import Check, Status, Verdict, judge
 
 NAMES = (*(check.name for check in CHECKS), RANKS, paths.NAME)
 
@@ -44,9 +44,8 @@ class Report:
 
     def names(self, status: Status) -> list[str]:
         """Checks that ended so, each once."""
-        return list(
-            dict.fromkeys(one.check.name for part in self.parts for one in part.verdicts if one.status == status)
-        )
+        verdicts = (verdict for part in self.parts for verdict in part.verdicts)
+        return list(dict.fromkeys(one.check.name for one in verdicts if one.status == status))
 
     @property
     def failed(self) -> list[str]:
@@ -91,5 +90,5 @@ def run(targets: Sequence[Target], *, only: Sequence[str] = (), skip: Sequence[s
     return Report(tuple(parts))
 
 
-def _left_out(check: Any) -> Verdict:
+def _left_out(check: Check) -> Verdict:
     return Verdict(check, "skipped", None, "left out by --skip", 0)

@@ -164,7 +164,8 @@ class Target:
         """The scalar it returns for these tensors of the student. Raises ConfigError when it returns something else."""
         temperature = options.get("temperature", 1.0)
         settings = {"alpha": 1.0, "temperature": temperature, "ignore_index": -100} | options
-        given = student | teacher_of(problem, layout, temperature, sparse=self.sparse) | labels_of(problem, layout)
+        tail = self.declared.tail if self.sparse else None
+        given = student | teacher_of(problem, layout, temperature, tail=tail) | labels_of(problem, layout)
         given |= {name: value for name, value in settings.items() if name in self.parameters}
         for name in self.parameters.keys() - given.keys():
             if self.parameters[name].default is inspect.Parameter.empty:

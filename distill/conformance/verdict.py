@@ -32,7 +32,8 @@ class Comparison:
 
     def __str__(self) -> str:
         tolerance = f" within {self.within:.0e}" if self.within else ""
-        return f"{self.what}: expected {self.relation} {_show(self.expected)}{tolerance}, got {_show(self.got)}"
+        wanted = f"{self.relation} {_show(self.expected)}".lstrip()
+        return f"{self.what}: expected {wanted}{tolerance}, got {_show(self.got)}"
 
 
 def equal(what: str, expected: float, got: float, *, within: float) -> Comparison:
@@ -105,6 +106,8 @@ class Verdict:
         """For people; failures first state what was asked."""
         status = self.status.upper() if self.status == "failed" else self.status
         found = self.reason or str(self.comparison)
+        if self.status == "passed":
+            found = f"{self.num_comparisons:4} comparisons, such as {found}"
         if self.status == "failed":
             seen = f"\n{'':34}seen in: {self.check.seen}" if self.check.seen else ""
             found = f"{self.check.asks}\n{'':34}{found}{seen}"

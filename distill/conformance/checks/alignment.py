@@ -70,9 +70,8 @@ def _misaligned_cache(target: Target) -> Iterator[Comparison]:
     shuffled = belongs(input_ids_NT[order], ids_NTK[order])
     yield answers("rows in another order", "their own", "their own" if shuffled == REFUSED else shuffled)
     repacked = input_ids_NT.flatten().roll(-1).view(4, 6)
-    yield answers(
-        "rows packed one token further", REFUSED, _outcome(lambda: "targets of other rows" if read(repacked) else "")
-    )
+    outcome = _outcome(lambda: "targets of other rows" if read(repacked) else "nothing")
+    yield answers("rows packed one token further", REFUSED, outcome)
 
 
 def _listed(ids_NTK: torch.Tensor, _: Any) -> torch.Tensor:

@@ -27,6 +27,11 @@ def _pairs() -> Iterator[tuple[str, Problem]]:
             yield f"student = {factor:g} teacher", replace(problem, student_TV=factor * problem.teacher_TV)
 
 
+def _total_variation(target: Target, problem: Problem) -> float:
+    pair = log_distributions(problem, problem.student_TV, temperature=1.0, sparse=target.sparse)
+    return by_definition("tvd", *pair).item()
+
+
 def non_negative(target: Target) -> Iterator[Comparison]:
     """No pair has a negative loss, and none that differs has none."""
     target.needs_loss(sampled=False)
@@ -34,11 +39,8 @@ def non_negative(target: Target) -> Iterator[Comparison]:
         for case, problem in _pairs():
             value = target.value(problem, **options)
             yield at_least(f"{name}, {case}", 0.0, value, within=target.within)
-            apart = by_definition(
-                "tvd", *log_distributions(problem, problem.student_TV, temperature=1.0, sparse=target.sparse)
-            )
             # A value below its own rounding says nothing.
-            if apart.item() > 0.05:
+            if _total_variation(target, problem) > 0.05:
                 yield at_least(f"{name} of unequal models, {case}", 10 * target.within, abs(value))
 
 
@@ -65,10 +67,7 @@ def pinsker(target: Target) -> Iterator[Comparison]:
         raise NotApplicable(f"is a bound of KL divergences; this is {', '.join(target.divergences)}")
     for name, options in kls:
         for case, problem in _pairs():
-            apart = by_definition(
-                "tvd", *log_distributions(problem, problem.student_TV, temperature=1.0, sparse=target.sparse)
-            )
-            least = 2 * apart.item() ** 2
+            least = 2 * _total_variation(target, problem) ** 2
             yield at_least(f"{name}, {case}", least, target.value(problem, **options), within=target.within)
 
 

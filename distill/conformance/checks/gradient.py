@@ -33,9 +33,7 @@ def _against(target: Target, name: str, options: dict[str, Any], temperature: fl
     student_TV = problem.student_TV.clone().requires_grad_()
     pair = log_distributions(problem, student_TV, temperature=temperature, sparse=target.sparse)
     total = by_definition(name, *pair).sum() / target.scale(problem)
-    answer = (
-        target.run(problem, temperature=temperature, **options) if temperature != 1 else target.run(problem, **options)
-    )
+    answer = target.run(problem, **options, **({} if temperature == 1 else {"temperature": temperature}))
     # Both conventions are in use; which one it is follows from the value.
     factor = min((1.0, temperature**2), key=lambda factor: abs(factor * total.item() - answer.value))
     expected, slope_TV = factor * total, torch.autograd.grad(factor * total, student_TV)[0]
@@ -58,13 +56,9 @@ def slope(target: Target) -> Iterator[Comparison]:
         for setting in settings if name not in DETACHED else []:
             gradient_TV = target.run(problem, **setting, **options).gradient_TV
             for direction_TV in (directions.student_TV, directions.teacher_TV):
-                ends = [
-                    target.value(
-                        replace(problem, student_TV=problem.student_TV + side * direction_TV), **setting, **options
-                    )
-                    for side in (step, -step)
-                ]
-                expected = (ends[0] - ends[1]) / (2 * step)
+                ends = [problem.student_TV + side * direction_TV for side in (step, -step)]
+                ahead, behind = (target.value(replace(problem, student_TV=z), **setting, **options) for z in ends)
+                expected = (ahead - behind) / (2 * step)
                 got = (gradient_TV * direction_TV).sum().item()
                 yield equal(f"slope of {name}", expected, got, within=within * max(1.0, abs(expected)))
 

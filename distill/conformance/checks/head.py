@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distill.conformance.problem import Problem, draw
+from distill.conformance.problem import draw
 from distill.conformance.target import Target
 from distill.conformance.verdict import Check, Comparison, NotApplicable, equal
 

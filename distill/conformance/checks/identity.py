@@ -16,10 +16,13 @@ def zero_at_identity(target: Target) -> Iterator[Comparison]:
     target.needs_loss(sampled=False)
     for name, options in target.variants():
         for temperature in target.temperatures():
-            answer = target.run(identical(draw(10)), **_tempered(options, temperature))
+            chosen = options | ({} if temperature == 1 else {"temperature": temperature})
+            answer = target.run(identical(draw(10)), **chosen)
             yield equal(f"{name} at temperature {temperature:g}", 0.0, answer.value, within=target.within)
-            largest = answer.gradient_TV.abs().max().item()
-            yield equal(f"largest gradient of {name}", 0.0, largest, within=target.within)
+            # |p - q| has a kink there: rounding decides which side its gradient is of.
+            if name != "tvd":
+                largest = answer.gradient_TV.abs().max().item()
+                yield equal(f"largest gradient of {name}", 0.0, largest, within=target.within)
 
 
 def labels_do_not_matter(target: Target) -> Iterator[Comparison]:
@@ -31,10 +34,6 @@ def labels_do_not_matter(target: Target) -> Iterator[Comparison]:
     for name, options in target.variants():
         expected = target.value(problem, **options)
         yield equal(name, expected, target.value(other, **options), within=target.close_to(expected))
-
-
-def _tempered(options: dict[str, str], temperature: float) -> dict[str, str | float]:
-    return options if temperature == 1.0 else options | {"temperature": temperature}
 
 
 CHECKS = (

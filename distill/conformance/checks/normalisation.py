@@ -4,7 +4,6 @@ Shapes: T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -28,9 +27,8 @@ def duplicated_batch(target: Target) -> Iterator[Comparison]:
     for name, options in target.variants():
         once = target.value(problem, **options)
         expected = once * target.scale(problem) / target.scale(twice) * 2
-        yield equal(
-            f"{name} of a batch twice", expected, target.value(twice, **options), within=target.close_to(expected)
-        )
+        value = target.value(twice, **options)
+        yield equal(f"{name} of a batch twice", expected, value, within=target.close_to(expected))
     if target.takes("normalizer"):
         half = target.value(problem, normalizer=2 * problem.num_valid)
         expected = target.value(problem, normalizer=problem.num_valid) / 2

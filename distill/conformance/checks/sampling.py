@@ -13,18 +13,8 @@ from distill.conformance.problem import Problem, draw
 from distill.conformance.target import Target
 from distill.conformance.verdict import Check, Comparison, at_most
 
-DRAWS, CALLS, LISTED = 100, 40, 5
+DRAWS, CALLS = 100, 40
 SIGMAS = 4.0
-
-
-def redraw(problem: Problem, generator: torch.Generator) -> Problem:
-    """The likeliest K - 1 classes with their masses, and one of the others with all the rest: unbiased, sums to one."""
-    p_TV = torch.softmax(problem.teacher_TV, 1)
-    head_TK, ids_TK = p_TV.topk(LISTED - 1, dim=1)
-    others_TV = p_TV.scatter(1, ids_TK, 0.0)
-    drawn_T1 = torch.multinomial(others_TV, 1, generator=generator)
-    probs_TK = torch.cat((head_TK, others_TV.sum(1, keepdim=True)), 1)
-    return replace(problem, ids_TK=torch.cat((ids_TK, drawn_T1), 1), probs_TK=probs_TK)
 
 
 def _repeated(problem: Problem, tokens: int) -> Problem:
@@ -46,7 +36,10 @@ def unbiased(target: Target) -> Iterator[Comparison]:
     kls = [by_definition("forward_kl", log_p, log_q).item() for log_q in log_qs]
     gradients, gains = [], []
     for _ in range(CALLS):
-        drawn = redraw(_repeated(one, DRAWS), generator)
+        tokens = _repeated(one, DRAWS)
+        uniform_T1 = torch.rand(DRAWS, 1, generator=generator, dtype=torch.float64)
+        ids_TK, probs_TK = tokens.sampled(1.0, uniform_T1)
+        drawn = replace(tokens, ids_TK=ids_TK, probs_TK=probs_TK)
         answer = target.run(drawn)
         gradients.append(answer.gradient_TV * target.scale(drawn))
         rival = replace(drawn, student_TV=other.student_TV.expand(DRAWS, -1).clone())
