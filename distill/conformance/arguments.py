@@ -25,26 +25,19 @@ class Layout:
     device: str
 
     def lay(self, x_T: torch.Tensor, rows: int, *, ahead: float | None = None) -> torch.Tensor:
-        """A tensor of tokens as the target wants it, never an alias.
+        """A tensor of tokens as the target wants it: a copy that gradients pass through.
 
-        A loss that shifts gets one more position a row, without a label: the last one's logits again, or, for labels,
-        `ahead` in front.
+        A loss that shifts gets one more position a row, which no label follows: the last one again. Labels get `ahead`
+        in front instead.
         """
         rows = rows if self.kind == "BTV" else 1
         laid = x_T.reshape(rows, -1, *x_T.shape[1:])
-        if self.shifts:
-            extra = torch.full_like(laid[:, :1], ahead) if ahead is not None else laid[:, -1:]
-            laid = torch.cat((extra, laid) if ahead is not None else (laid, extra), 1)
+        if self.shifts and ahead is None:
+            laid = torch.cat((laid, laid[:, -1:]), 1)
+        elif self.shifts:
+            laid = torch.cat((torch.full_like(laid[:, :1], ahead), laid), 1)
         laid = laid if self.kind == "BTV" else laid.flatten(0, 1)
         return laid.to(self.device, self.dtype if laid.is_floating_point() else laid.dtype, copy=True)
-
-    def tokens(self, gradient: torch.Tensor, rows: int) -> tuple[torch.Tensor, float]:
-        """From a gradient as laid out: that of the problem's tokens [T, V] in float64, and the largest beyond them."""
-        rows = rows if self.kind == "BTV" else 1
-        laid = gradient.detach().double().cpu().reshape(rows, -1, gradient.shape[-1])
-        if not self.shifts:
-            return laid.flatten(0, 1), 0.0
-        return laid[:, :-1].flatten(0, 1), laid[:, -1].abs().max().item()
 
 
 def teacher_of(problem: Problem, layout: Layout, temperature: float, *, tail: str | None) -> dict[str, torch.Tensor]:

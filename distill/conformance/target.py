@@ -34,8 +34,6 @@ class Answer:
     value: float
     gradient_TV: torch.Tensor
     """In the student's logits, float64."""
-    beyond: float = 0.0
-    """Largest gradient at the positions a loss that shifts must leave out."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Target:
         problem = draw(0, tokens=4)
         pattern_V = 1e-10 * torch.arange(problem.student_TV.shape[1])
         moved = Problem(problem.student_TV + pattern_V, problem.teacher_TV, problem.labels_T, listed=problem.listed)
-        before, after = (self._call(one, layout, {})[0].double().item() for one in (problem, moved))
+        before, after = (self._call(one, layout, {}).double().item() for one in (problem, moved))
         return self.declared.dtype is not None or 0 < abs(after - before) < 1e-8
 
     @property
@@ -139,24 +137,22 @@ class Target:
 
     def value(self, problem: Problem, **options: Any) -> float:
         """The loss."""
-        return self._call(problem, self.layout, options)[0].double().item()
+        return self._call(problem, self.layout, options).double().item()
 
     def run(self, problem: Problem, *, incoming: float = 1.0, **options: Any) -> Answer:
         """The loss and its gradient; alpha and temperature are 1 unless given. `incoming` multiplies the loss later."""
-        loss, leaf = self._call(problem, self.layout, options)
-        (gradient,) = torch.autograd.grad(loss * incoming, leaf, allow_unused=True)
-        gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        gradient_TV, beyond = self.layout.tokens(gradient.T if self.fused else gradient, problem.rows)
-        return Answer(loss.double().item(), gradient_TV, beyond)
+        student_TV = problem.student_TV.clone().requires_grad_()
+        loss = self._call(replace(problem, student_TV=student_TV), self.layout, options)
+        (gradient_TV,) = torch.autograd.grad(loss * incoming, student_TV)
+        return Answer(loss.double().item(), gradient_TV)
 
-    def _call(self, problem: Problem, layout: Layout, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss, and the leaf whose gradient is that of the student's logits."""
-        student = layout.lay(problem.student_TV, problem.rows)
-        if self.fused:
-            hidden, head_VN = (x.requires_grad_() for x in factor(student))
-            return self.loss({"student_hidden": hidden, "student_head": head_VN}, problem, layout, options), head_VN
-        student.requires_grad_()
-        return self.loss({"student_logits": student}, problem, layout, options), student
+    def _call(self, problem: Problem, layout: Layout, options: dict[str, Any]) -> torch.Tensor:
+        """The loss of the problem's own student."""
+        logits = layout.lay(problem.student_TV, problem.rows)
+        if not self.fused:
+            return self.loss({"student_logits": logits}, problem, layout, options)
+        hidden, head_VN = factor(logits)
+        return self.loss({"student_hidden": hidden, "student_head": head_VN}, problem, layout, options)
 
     def loss(
         self, student: dict[str, torch.Tensor], problem: Problem, layout: Layout, options: dict[str, Any]

@@ -47,18 +47,17 @@ def _outcome(call: Callable[[], Any]) -> str:
         return REFUSED
 
 
-def _rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids [N, T], and what was kept for them: ids [N, T, K] that include the large ones, masses."""
+def _rows(ids_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids [N, T], and what was kept for them: three of these classes a token [N, T, K], masses."""
     generator = torch.Generator().manual_seed(102)
     input_ids_NT = torch.randint(0, VOCABULARY, (4, 6), generator=generator)
-    ids_K = torch.tensor(LARGE_IDS)
-    ids_NTK = torch.stack([ids_K.roll(shift) for shift in range(24)]).view(4, 6, -1)[..., :3]
+    ids_NTK = torch.stack([ids_K.roll(token)[:3] for token in range(24)]).view(4, 6, 3)
     probs_NTK = torch.softmax(torch.randn(4, 6, 3, generator=generator), -1) * 0.75
-    return input_ids_NT, ids_NTK.contiguous(), probs_NTK
+    return input_ids_NT, ids_NTK, probs_NTK
 
 
 def _misaligned_cache(target: Target) -> Iterator[Comparison]:
-    input_ids_NT, ids_NTK, probs_NTK = _rows()
+    input_ids_NT, ids_NTK, probs_NTK = _rows(torch.arange(24))
     read = target.call(input_ids_NT, ids_NTK, probs_NTK)
     order = torch.tensor([2, 0, 3, 1])
 
@@ -82,7 +81,7 @@ def _listed(ids_NTK: torch.Tensor, _: Any) -> torch.Tensor:
 def large_ids(target: Target) -> Iterator[Comparison]:
     """Classes past 16 and 17 bits reach the loss, or come back from the cache, as themselves."""
     if target.is_cache:
-        input_ids_NT, ids_NTK, probs_NTK = _rows()
+        input_ids_NT, ids_NTK, probs_NTK = _rows(torch.tensor(LARGE_IDS))
         found_NTK = _listed(*target.call(input_ids_NT, ids_NTK, probs_NTK)(input_ids_NT))
         wrong = (found_NTK != _listed(ids_NTK, None)).sum().item()
         yield equal("listed classes that did not come back", 0.0, float(wrong), within=0.0)

@@ -22,22 +22,19 @@ def hidden_and_head(target: Target) -> Iterator[Comparison]:
     target.needs("student_hidden", "student_head")
     problem = draw(90, ignored=(1, 5))
     generator = torch.Generator().manual_seed(90)
-    hidden_TH = torch.randn(12, 4, generator=generator, dtype=torch.float64)
-    head_VH = torch.randn(11, 4, generator=generator, dtype=torch.float64)
-    problem = replace(problem, student_TV=hidden_TH @ head_VH.T)
+    hidden_TH = torch.randn(12, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    head_VH = torch.randn(11, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    problem = replace(problem, student_TV=(hidden_TH @ head_VH.T).detach())
     options = {"alpha": 0.6} if target.takes("alpha", "labels") else {}
     expected = target.run(problem, **options)
     layout = target.layout
-    leaves = {
-        "student_hidden": layout.lay(hidden_TH, 1).requires_grad_(),
-        "student_head": head_VH.to(layout.device, layout.dtype).requires_grad_(),
-    }
-    loss = target.loss(leaves, problem, layout, options)
+    student = {"student_hidden": layout.lay(hidden_TH, 1), "student_head": head_VH.to(layout.device, layout.dtype)}
+    loss = target.loss(student, problem, layout, options)
     yield equal("loss", expected.value, loss.item(), within=target.close_to(expected.value))
-    for_hidden, for_head = torch.autograd.grad(loss, list(leaves.values()))
-    apart = layout.tokens(for_hidden, 1)[0] - expected.gradient_TV @ head_VH
+    for_hidden_TH, for_head_VH = torch.autograd.grad(loss, (hidden_TH, head_VH))
+    apart = for_hidden_TH - expected.gradient_TV @ head_VH
     yield equal("gradient of hidden states, difference", 0.0, apart.abs().max().item(), within=target.within)
-    apart = for_head.double().cpu() - expected.gradient_TV.T @ hidden_TH
+    apart = for_head_VH - expected.gradient_TV.T @ hidden_TH
     yield equal("gradient of the head, difference", 0.0, apart.abs().max().item(), within=target.within)
 
 

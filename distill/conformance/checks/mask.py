@@ -30,13 +30,13 @@ def _alphas(target: Target) -> list[dict[str, Any]]:
 def ignored_positions(target: Target) -> Iterator[Comparison]:
     """Where the next label is ignored the gradient is exactly 0, elsewhere it is not; their logits count nowhere."""
     _needs_mask(target)
-    problem = draw(60, ignored=HIDDEN)
+    problem = draw(60, spread=1.0, ignored=HIDDEN)
     moved = replace(problem, student_TV=problem.student_TV + 2 * draw(61).student_TV * ~problem.valid_T[:, None])
     for options in _alphas(target):
         for name, chosen in target.variants():
             answer = target.run(problem, **options, **chosen)
             largest_T = answer.gradient_TV.abs().amax(1)
-            ignored = max(largest_T[~problem.valid_T].max().item(), answer.beyond)
+            ignored = largest_T[~problem.valid_T].max().item()
             yield equal(f"{name}: largest gradient where no label follows", 0.0, ignored, within=0.0)
             least = largest_T[problem.valid_T].min().item()
             yield at_least(f"{name}: least gradient of a token with a label", 1e-6, least)

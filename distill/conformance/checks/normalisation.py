@@ -29,10 +29,6 @@ def duplicated_batch(target: Target) -> Iterator[Comparison]:
         expected = once * target.scale(problem) / target.scale(twice) * 2
         value = target.value(twice, **options)
         yield equal(f"{name} of a batch twice", expected, value, within=target.close_to(expected))
-    if target.takes("normalizer"):
-        half = target.value(problem, normalizer=2 * problem.num_valid)
-        expected = target.value(problem, normalizer=problem.num_valid) / 2
-        yield equal("with twice the normalizer", expected, half, within=target.within)
     if target.takes("reduction"):
         total, mean = (target.value(problem, reduction=how) for how in ("sum", "mean"))
         expected = problem.num_valid * mean
