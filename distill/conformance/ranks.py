@@ -5,6 +5,7 @@
 Two processes of `python -m distill.conformance.ranks` meet over gloo. Shapes: T tokens, H width, V vocabulary.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -67,7 +68,7 @@ class TwoRanks:
         self._targets = [target for target in targets if _applies(target)]
         self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
         self._children: list[subprocess.Popen[str]] = []
-        self._found: dict[str, tuple[float, list[list[float]]]] = {}
+        self._printed: str | None = None
 
     def __enter__(self) -> "TwoRanks":
         if self._targets:
@@ -84,9 +85,12 @@ class TwoRanks:
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors(rank).open("w"),  # a pipe nobody reads yet could fill up, and stop a rank
             text=True,
         )
+
+    def _errors(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"errors{rank}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -110,14 +114,16 @@ class TwoRanks:
         yield equal("gradient of two ranks, largest difference", 0.0, apart, within=target.within)
 
     def _outcome(self) -> dict[str, tuple[float, list[list[float]]]]:
-        """What rank 0 printed."""
-        if not self._found:
-            ends = [child.communicate(timeout=TIMEOUT_S) for child in self._children]
-            for child, (_, errors) in zip(self._children, ends, strict=True):
-                if child.returncode:
-                    raise RuntimeError(f"a rank failed: {errors.strip().splitlines()[-1:]}")
-            self._found = json.loads(ends[0][0].splitlines()[-1])
-        return self._found
+        """What rank 0 printed last."""
+        if self._printed is None:
+            self._printed = ""  # asked once, whatever comes of it
+            printed = [child.communicate(timeout=TIMEOUT_S)[0] for child in self._children]
+            self._printed = printed[0]
+        for rank, child in enumerate(self._children):
+            if child.returncode != 0:
+                words = self._errors(rank).read_text().strip().splitlines()[-1:] or ["no word"]
+                raise RuntimeError(f"rank {rank} ended with {child.returncode}: {words[0]}")
+        return json.loads(self._printed.splitlines()[-1])
 
 
 def _applies(target: Target) -> bool:
@@ -136,15 +142,16 @@ def work(words: str) -> None:
     rank = job["rank"]
     dist.init_process_group("gloo", init_method=Path(job["meeting"]).as_uri(), rank=rank, world_size=WORLD)
     tokens = slice(CUTS[rank], CUTS[rank + 1])
-    labels = torch.tensor(float(_batch().take(tokens).num_valid))
+    labels = torch.tensor(_batch().take(tokens).num_valid)
     dist.all_reduce(labels)
     out = {}
-    for name, facts, device in job["targets"]:
-        value, gradient_VH = part(load(name, facts, device=device), tokens, int(labels))
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        dist.all_reduce(gradient_VH)
-        out[name] = (total.item(), gradient_VH.tolist())
+    with contextlib.redirect_stdout(sys.stderr):
+        for name, facts, device in job["targets"]:
+            value, gradient_VH = part(load(name, facts, device=device), tokens, int(labels))
+            total = torch.tensor(value, dtype=torch.float64)
+            dist.all_reduce(total)
+            dist.all_reduce(gradient_VH)
+            out[name] = (total.item(), gradient_VH.tolist())
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:

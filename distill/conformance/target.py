@@ -92,13 +92,13 @@ class Target:
         errors = []
         for layout in (self._layout(kind, dtype) for kind in kinds for dtype in dtypes):
             try:
-                exact = layout.dtype == torch.float32 or self._sees_ten_digits(layout)
+                exact = self._sees_ten_digits(layout) or layout.dtype == torch.float32
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 continue
             return layout if exact else self._layout(layout.kind, "float32")
         raise ConfigError(
-            f"--target {self.name}: cannot be called with 4 tokens of 11 classes: {errors[0]}; "
+            f"--target {self.name}: cannot be called with 12 tokens of 11 classes: {errors[0]}; "
             "wrap it in a function that can"
         )
 
@@ -106,12 +106,18 @@ class Target:
         return Layout(kind, self.declared.labels == "unshifted", getattr(torch, dtype), self.device)
 
     def _sees_ten_digits(self, layout: Layout) -> bool:
-        """False for a loss that rounds float64 to less inside: a change of 1e-10 is then lost, or becomes a jump."""
-        problem = draw(0, tokens=4)
-        pattern_V = 1e-10 * torch.arange(problem.student_TV.shape[1])
-        moved = Problem(problem.student_TV + pattern_V, problem.teacher_TV, problem.labels_T, listed=problem.listed)
-        before, after = (self._call(one, layout, {}).double().item() for one in (problem, moved))
-        return self.declared.dtype is not None or 0 < abs(after - before) < 1e-8
+        """False for a loss that rounds float64 to less inside: over a step of 1e-10 its slope is then another."""
+        problem = draw(0)
+        pattern_V = torch.arange(problem.student_TV.shape[1], dtype=torch.float64)
+        start = self._call(problem, layout, {}).double().item()
+        for side in ("student_TV", "teacher_TV"):
+            slopes = []
+            for step in (1e-6, 1e-10):
+                moved = replace(problem, **{side: getattr(problem, side) + step * pattern_V})
+                slopes.append((self._call(moved, layout, {}).double().item() - start) / step)
+            if abs(slopes[0] - slopes[1]) > 0.01 * abs(slopes[0]) + 1e-4:
+                return self.declared.dtype is not None
+        return True
 
     @property
     def within(self) -> float:

@@ -79,7 +79,7 @@ CHECKS = (
         "every token twice gives the same mean (or twice the sum)",
         duplicated_batch,
         (9,),
-        "EasyDistill divides by the number of tokens twice",
+        "EasyDistill divides by the number of tokens twice; TRL GKD's reduction `mean` is over classes too",
     ),
     Check(
         "accumulation",
