@@ -203,10 +203,14 @@ def softcap_ignored(student_hidden, student_head, teacher_logits, labels, *, sof
 
 
 def bias_ignored(student_hidden, student_head, teacher_logits, labels, *, softcap=None, logit_scale=1.0, bias=0.0):
-    return right_fused(
-        student_hidden, student_head, teacher_logits, labels, softcap=softcap, logit_scale=logit_scale
-    )
+    return right_fused(student_hidden, student_head, teacher_logits, labels, softcap=softcap, logit_scale=logit_scale)
 
 
 def scale_ignored(student_hidden, student_head, teacher_logits, labels, *, softcap=None, logit_scale=1.0, bias=0.0):
     return right_fused(student_hidden, student_head, teacher_logits, labels, softcap=softcap, bias=bias)
+
+
+def chatty(student_logits, teacher_logits, labels):
+    """Right, and it prints."""
+    print("a line of the loss's own")
+    return token_mean(forward_kl_T(student_logits, teacher_logits), labels)
