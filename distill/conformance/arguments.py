@@ -55,8 +55,9 @@ def teacher_of(problem: Problem, layout: Layout, temperature: float, *, tail: st
 
 
 def labels_of(problem: Problem, layout: Layout) -> dict[str, torch.Tensor]:
-    """Labels, and the mask of those that count."""
+    """Labels, the mask of those that count, and input ids that nothing depends on."""
     return {
+        "input_ids": layout.lay(problem.labels_T.clamp_min(0), problem.rows),
         "labels": layout.lay(problem.labels_T, problem.rows, ahead=IGNORED),
         "mask": layout.lay(problem.valid_T, problem.rows, ahead=False),
     }

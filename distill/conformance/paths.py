@@ -43,7 +43,7 @@ def _settings(first: Target, other: Target) -> Iterator[dict[str, Any]]:
 
 
 def _answer(target: Target, options: dict[str, Any]) -> Any:
-    problem = draw(110, ignored=(4,) if target.takes("labels") or target.takes("mask") else (), listed=None)
+    problem = draw(110, ignored=(4,) if target.masks else (), listed=None)
     given = {name: value for name, value in options.items() if target.takes(name)}
     return target.run(problem, **given)
 

@@ -53,8 +53,7 @@ def part(target: Target, tokens: slice, num_tokens: int) -> tuple[float, torch.T
 def adds_up(target: Target) -> None:
     """Raise NotApplicable for a loss that ranks cannot share."""
     target.needs_loss()
-    if not (target.takes("labels") or target.takes("mask")):
-        raise NotApplicable("takes no labels and no mask")
+    target.needs_mask()
     if not (target.takes("normalizer") or target.declared.reduction == "sum"):
         raise NotApplicable("takes no normalizer: whoever calls it must weight ranks by their labels")
     if not target.importable:

@@ -7,10 +7,7 @@ A check passes when all its comparisons hold. One that does not apply raises Not
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from distill.conformance.target import Target
+from typing import Any, Literal
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -72,7 +69,8 @@ class Check:
     name: str
     asks: str
     """What must hold, in one line."""
-    run: "Callable[[Target], Iterator[Comparison]]"
+    run: Callable[[Any], Iterator[Comparison]]
+    """Given a target; raises NotApplicable."""
     defects: tuple[int, ...] = ()
     """Numbers of docs/conformance.md's table; none: a property no known defect is named after."""
     seen: str = ""
@@ -118,7 +116,7 @@ def _plain(value: float | str) -> float | str:
     return value if isinstance(value, str) or abs(value) < float("inf") else str(value)
 
 
-def judge(check: Check, target: "Target") -> Verdict:
+def judge(check: Check, target: Any) -> Verdict:
     """Run one check on one target; what the target raises is a failure with its words."""
     found: list[Comparison] = []
     try:

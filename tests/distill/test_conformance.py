@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.spatial.distance
+import scipy.special
 import scipy.stats
 import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from distill.conformance import __main__ as command
 from distill.conformance import ours, ranks, suite
@@ -19,6 +30,8 @@ from distill.conformance.definitions import by_definition
 from distill.conformance.problem import draw
 from distill.conformance.target import load, of
 from distill.conformance.verdict import Check, equal, judge
+from distill.learner import Learner
+from distill.losses import DenseTargets, distillation_from_logits, fused_linear_distillation
 from herd.run.errors import DONE, NUMERICAL, USAGE, ConfigError
 from tests.distill import defects
 
@@ -80,7 +93,7 @@ def test_no_check_is_skipped_by_all_of_our_paths_but_the_one_of_heads_we_refuse(
     assert set(report.names("passed")) == set(suite.NAMES) - {"more_than_a_matrix"}
 
 
-@pytest.mark.parametrize(("defect", "failed"), FAILED_BY.items(), ids=lambda key: getattr(key, "__name__", None))
+@pytest.mark.parametrize(("defect", "failed"), FAILED_BY.items(), ids=[loss.__name__ for _, loss in FAILED_BY])
 def test_each_defect_fails_the_checks_named_after_it_and_what_it_implies(defect, failed):
     number, loss = defect
     report = suite.run([of(loss, loss.__name__)])
@@ -114,6 +127,40 @@ def test_two_real_ranks_find_a_count_that_is_not_used():
     losses = ("right_dense", "right_sum", "mean_of_its_own")
     report = suite.run([load(f"tests.distill.defects:{loss}") for loss in losses], only=[ranks.NAME])
     assert [part.verdicts[0].status for part in report.parts] == ["passed", "passed", "failed"], report.to_text()
+
+
+HEADS = {
+    "plain": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "soft cap": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 3.0, "head_dim": 8}),
+    "logit scale": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.4}),
+    "bias": (PhiConfig, PhiForCausalLM, {}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_student_is_trained_on_its_own_logits_whatever_its_head_is(kind):
+    configuration, model_class, more = HEADS[kind]
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = configuration(vocab_size=32, num_key_value_heads=2, pad_token_id=0, **size, **more)
+    torch.manual_seed(0)
+    model = model_class(config).double()
+    if kind == "bias":
+        torch.nn.init.normal_(model.lm_head.bias)
+    input_ids_BT = torch.randint(0, 32, (2, 5))
+    labels_T = torch.randint(0, 32, (10,))
+    targets = DenseTargets(torch.randn(10, 32, dtype=torch.float64))
+    expected = distillation_from_logits(model(input_ids_BT).logits.flatten(0, 1), labels_T, targets).loss
+
+    learner = Learner(model)
+    assert learner.plain_head == (kind == "plain")
+
+    def loss_of(outputs, head):
+        if head is None:
+            return distillation_from_logits(outputs, labels_T, targets)
+        return fused_linear_distillation(outputs, head, labels_T, targets)
+
+    loss = learner(input_ids_BT, loss_of=loss_of)[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 def test_samples_read_with_a_student_renormalised_over_them_are_biased():

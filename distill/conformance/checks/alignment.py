@@ -58,7 +58,7 @@ def _rows(ids_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def _misaligned_cache(target: Target) -> Iterator[Comparison]:
     input_ids_NT, ids_NTK, probs_NTK = _rows(torch.arange(24))
-    read = target.call(input_ids_NT, ids_NTK, probs_NTK)
+    read = target.function(input_ids_NT, ids_NTK, probs_NTK)
     order = torch.tensor([2, 0, 3, 1])
 
     def belongs(rows_NT: torch.Tensor, expected_NTK: torch.Tensor) -> str:
@@ -82,7 +82,7 @@ def large_ids(target: Target) -> Iterator[Comparison]:
     """Classes past 16 and 17 bits reach the loss, or come back from the cache, as themselves."""
     if target.is_cache:
         input_ids_NT, ids_NTK, probs_NTK = _rows(torch.tensor(LARGE_IDS))
-        found_NTK = _listed(*target.call(input_ids_NT, ids_NTK, probs_NTK)(input_ids_NT))
+        found_NTK = _listed(*target.function(input_ids_NT, ids_NTK, probs_NTK)(input_ids_NT))
         wrong = (found_NTK != _listed(ids_NTK, None)).sum().item()
         yield equal("listed classes that did not come back", 0.0, float(wrong), within=0.0)
         return

@@ -11,16 +11,10 @@ import torch
 
 from distill.conformance.problem import IGNORED, Problem, draw
 from distill.conformance.target import Target
-from distill.conformance.verdict import Check, Comparison, NotApplicable, at_least, equal
+from distill.conformance.verdict import Check, Comparison, at_least, equal
 
 # A prompt, a gap, and an end: each tells a shifted mask from one that is not.
 HIDDEN = (0, 1, 2, 6, 10, 11)
-
-
-def _needs_mask(target: Target) -> None:
-    target.needs_loss()
-    if not (target.takes("labels") or target.takes("mask")):
-        raise NotApplicable("takes no labels and no mask")
 
 
 def _alphas(target: Target) -> list[dict[str, Any]]:
@@ -29,7 +23,8 @@ def _alphas(target: Target) -> list[dict[str, Any]]:
 
 def ignored_positions(target: Target) -> Iterator[Comparison]:
     """Where the next label is ignored the gradient is exactly 0, elsewhere it is not; their logits count nowhere."""
-    _needs_mask(target)
+    target.needs_loss()
+    target.needs_mask()
     problem = draw(60, spread=1.0, ignored=HIDDEN)
     moved = replace(problem, student_TV=problem.student_TV + 2 * draw(61).student_TV * ~problem.valid_T[:, None])
     for options in _alphas(target):
@@ -56,7 +51,8 @@ def _other_index(target: Target, problem: Problem) -> Comparison:
 
 def all_ignored(target: Target) -> Iterator[Comparison]:
     """A batch without any label has loss 0 and gradient 0, not NaN."""
-    _needs_mask(target)
+    target.needs_loss()
+    target.needs_mask()
     problem = draw(62)
     nothing = replace(problem, labels_T=torch.full_like(problem.labels_T, IGNORED))
     for options in _alphas(target):

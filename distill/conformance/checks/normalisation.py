@@ -9,7 +9,7 @@ import torch
 
 from distill.conformance.problem import Problem, draw
 from distill.conformance.target import Target
-from distill.conformance.verdict import Check, Comparison, NotApplicable, equal
+from distill.conformance.verdict import Check, Comparison, equal
 
 # Few and many labels a micro-batch: a mean of means is then far from the mean.
 UNEVEN = (0, 1, 2, 4, 5, 6, 9)
@@ -38,8 +38,7 @@ def duplicated_batch(target: Target) -> Iterator[Comparison]:
 def accumulation(target: Target) -> Iterator[Comparison]:
     """Micro-batches with few and many labels add up to the whole: by the normalizer, or weighted by their labels."""
     target.needs_loss()
-    if not target.takes("labels") and not target.takes("mask"):
-        raise NotApplicable("takes no labels and no mask")
+    target.needs_mask()
     problem = draw(71, tokens=16, ignored=UNEVEN)
     total = problem.num_valid
     for name, options in target.variants():

@@ -30,7 +30,7 @@ def unbiased(target: Target) -> Iterator[Comparison]:
     """The mean over re-draws is within 4 sigma of the truth: of q - p, and of how much better one student is."""
     target.needs_loss(sampled=True, sparse=True)
     generator = torch.Generator().manual_seed(0)
-    one, other = draw(40, tokens=1), draw(41, tokens=1)
+    one, other = (draw(seed, tokens=1, spread=1.0) for seed in (40, 41))
     truth_V = (torch.softmax(one.student_TV, 1) - torch.softmax(one.teacher_TV, 1)).squeeze(0)
     log_p, *log_qs = (torch.log_softmax(x, 1) for x in (one.teacher_TV, one.student_TV, other.student_TV))
     kls = [by_definition("forward_kl", log_p, log_q).item() for log_q in log_qs]
