@@ -66,7 +66,11 @@ def _parameters(call: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     # A torch module is called through its forward, whose arguments are the ones that count.
     described = getattr(call, "forward", call)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [one for one in inspect.signature(described).parameters.values() if one.kind not in variadic]
+    try:
+        parameters = inspect.signature(described).parameters.values()
+    except ValueError as error:
+        raise ConfigError(f"--target {name}: {error}; wrap it in a function") from error
+    return [one for one in parameters if one.kind not in variadic]
 
 
 def _one_teacher(found: dict[str, inspect.Parameter], name: str) -> dict[str, inspect.Parameter]:

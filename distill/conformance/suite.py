@@ -1,7 +1,9 @@
-"""Run the checks on targets and report: from Python, and for the command.
+"""Run the checks on targets and report.
 
-report = run([load("my.losses:kd_loss")])
-assert not report.failed, report.to_text()
+    report = run([load("my.losses:kd_loss")])
+    assert not report.failed, report.to_text()
+
+The command does no more. Checks: distill.conformance.checks; two ranks and several targets are asked here.
 """
 
 from collections.abc import Sequence

@@ -202,6 +202,7 @@ def test_what_a_loss_is_called_with_follows_its_signature():
         (lambda student_logits, labels: 0, "takes student_logits, labels; a loss takes"),
         (lambda *arguments: 0, "takes nothing that is understood"),
         (torch.nn.Linear, "is a class"),
+        (torch.add, "no signature found .*; wrap it in a function"),
     ],
 )
 def test_a_signature_that_is_no_loss_is_refused_by_name(loss, message):
