@@ -1,8 +1,8 @@
 """Codecs: which classes of a distribution are kept, and their bytes.
 
-    codec = parse("head_and_tail=16")
-    payloads = encode_rows(codec, targets, labels_BT, keys_B)       one `bytes` a row
-    kept = Kept.from_bytes(payload, num_tokens=256, vocabulary=4096)
+codec = parse("head_and_tail=16")
+payloads = encode_rows(codec, targets, labels_BT, keys_B, vocabulary=4096)      one `bytes` a row
+kept = Kept.from_bytes(payload, num_tokens=256, vocabulary=4096)
 """
 
 from teachers.cache.codecs.encoding import Codec, encode_rows

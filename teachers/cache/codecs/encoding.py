@@ -1,6 +1,6 @@
 """From a teacher's targets to the bytes of rows: a block of tokens at a time, never [tokens, vocabulary].
 
-    payloads = encode_rows(HeadAndTail(16), targets, labels_BT, keys_B, temperature=1.0)
+    payloads = encode_rows(HeadAndTail(16), targets, labels_BT, keys_B, vocabulary=4096)
 
 Suffix legend: B rows, T tokens a row, V vocabulary, C tokens of a block, P random numbers of a token.
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from herd.run.errors import ConfigError, NumericalError
+from herd.run.errors import ConfigError, DataError, NumericalError
 from teachers.cache.codecs.distributions import Distributions
 from teachers.cache.codecs.draws import uniforms
 from teachers.cache.codecs.kept import BLOCK
@@ -49,14 +49,17 @@ def encode_rows(
     labels_BT: torch.Tensor,
     keys_B: torch.Tensor,
     *,
+    vocabulary: int,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[bytes]:
     """One payload a row. `targets` are over the B * T tokens in the order of the rows; labels are already shifted.
 
     What is drawn depends on the seed, a row's key and a token's place alone. Raises NumericalError that names the
-    row and the token where logits are NaN or infinite, ConfigError for a codec that does not fit the vocabulary.
+    row and the token where logits are NaN or infinite, DataError for logits of another vocabulary,
+    ConfigError for more classes than it has.
     """
+    check_vocabulary(codec, vocabulary)
     length = labels_BT.shape[1]
     payloads = []
     for row, key in enumerate(keys_B.tolist()):
@@ -64,7 +67,8 @@ def encode_rows(
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             logits_CV = targets.logits(slice(row * length + start, row * length + stop))
-            check_vocabulary(codec, logits_CV.shape[1])
+            if logits_CV.shape[1] != vocabulary:
+                raise DataError(f"the teacher has logits of {logits_CV.shape[1]} classes, the cache is of {vocabulary}")
             try:
                 chunk = Distributions.of(logits_CV, labels_BT[row, start:stop], temperature=temperature)
             except NumericalError as fault:
@@ -74,5 +78,5 @@ def encode_rows(
             places_C = np.arange(start, stop)
             picks.append(codec.pick(chunk, uniforms(key, places_C, stream=0, count=codec.uniforms, seed=seed)))
         kept = gather(picks, torch.cat(entropies).cpu().numpy(), torch.cat(ces).cpu().numpy())
-        payloads.append(kept.to_bytes(vocabulary=logits_CV.shape[1]))
+        payloads.append(kept.to_bytes(vocabulary=vocabulary))
     return payloads

@@ -1,7 +1,7 @@
 """Large masses kept, small ones sampled: threshold sampling with one threshold for a block of tokens.
 
 A class of mass p above its token's threshold s is kept; of the others as many as r / s (r their mass together) are
-drawn systematically and share r. Unbiased, sums to one, a fixed number of classes a block, and the least
+drawn systematically and share r. Unbiased, sums to one, a fixed mean number of classes, and the least
 E||t - p||^2 any unbiased sample of that size has: s r - sum of tail p^2, summed over tokens.
 Suffix legend: C tokens, K the largest classes looked at, G thresholds tried.
 """
@@ -60,9 +60,7 @@ class HeadAndTail:
         places_K = torch.arange(int(drawn_C.max().clamp_min(1)), device=device)
         points_CK = (places_K + u_PC[1][:, None]) / drawn_C.clamp_min(1)[:, None]
         sampled_CK = chunk.at(points_CK.clamp_max(1.0))
-        return Picks.own_and_sampled(
-            units_CK[:, :-1], ids_CK, sampled_CK, places_K < drawn_C[:, None], total=total
-        )
+        return Picks.own_and_sampled(units_CK[:, :-1], ids_CK, sampled_CK, places_K < drawn_C[:, None], total=total)
 
 
 def units_of(threshold: float) -> int:
@@ -71,7 +69,7 @@ def units_of(threshold: float) -> int:
 
 
 def allocate(values_CK: torch.Tensor, below_CK: torch.Tensor, *, mean: int) -> tuple[float, torch.Tensor]:
-    """The smallest threshold at which a block keeps at most mean * C classes, and how many each token keeps then.
+    """The smallest threshold at which a block keeps at most mean * C classes, and how many each token gets then.
 
     A common threshold is the best split: the derivative of a token's squared error by its classes is minus its
     threshold squared. `below_CK` [C, K + 1]: mass from each place on.
@@ -79,19 +77,31 @@ def allocate(values_CK: torch.Tensor, below_CK: torch.Tensor, *, mean: int) -> t
     low, high = LOWEST_THRESHOLD, 1.0
     for _ in range(ROUNDS):
         tried_G = torch.logspace(log2(low), log2(high), TRIED, base=2, dtype=torch.float64, device=values_CK.device)
-        counts_CG = _counts(values_CK, below_CK, tried_G)
-        fits = int((counts_CG.sum(0) > mean * len(values_CK)).sum())  # the first threshold that fits; the last does
-        fits = min(fits, TRIED - 1)
-        low, high = float(tried_G[max(fits - 1, 0)]), float(tried_G[fits])
-    return high, counts_CG[:, fits]
+        counts_CG, expected_G = _counts(values_CK, below_CK, tried_G)
+        fits = min(int((expected_G > mean * len(values_CK)).sum()), TRIED - 1)  # the first that fits; the last does
+        above = max(fits - 1, 0)
+        low, high = float(tried_G[above]), float(tried_G[fits])
+    # Alike tokens cross a whole number at one threshold; what is left goes to as many of them as it is enough for.
+    spare = int(mean * len(values_CK) - expected_G[fits])
+    wanted_C = counts_CG[:, above] - counts_CG[:, fits]
+    given_C = torch.minimum(wanted_C, (spare - wanted_C.cumsum(0) + wanted_C).clamp_min(0))
+    return high, counts_CG[:, fits] + given_C
 
 
-def _counts(values_CK: torch.Tensor, below_CK: torch.Tensor, thresholds_G: torch.Tensor) -> torch.Tensor:
-    """Classes each token keeps at each threshold [C, G]: its heads, and one for each threshold's worth of the rest."""
+def _counts(
+    values_CK: torch.Tensor, below_CK: torch.Tensor, thresholds_G: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes each token gets at each threshold [C, G]: its heads, and one for each threshold's worth of the rest.
+
+    And how many a block is expected to keep [G]: a rest of less than a unit is most often rounded to none.
+    """
     sought_CG = -thresholds_G.expand(len(values_CK), -1).contiguous()
     heads_CG = torch.searchsorted(-values_CK, sought_CG, right=True)
     rest_CG = below_CK.gather(1, heads_CG)
-    return (heads_CG + torch.ceil(rest_CG / thresholds_G).long()).clamp(1, values_CK.shape[1])
+    counts_CG = (heads_CG + torch.ceil(rest_CG / thresholds_G).long()).clamp(1, values_CK.shape[1])
+    units_G = thresholds_G.new_tensor([units_of(threshold) for threshold in thresholds_G.tolist()])
+    never_CG = (1 - rest_CG * units_G).clamp_min(0)
+    return counts_CG, (counts_CG - (counts_CG - heads_CG) * never_CG).sum(0)
 
 
 def split_heads(values_CK: torch.Tensor, below_CK: torch.Tensor, counts_C: torch.Tensor) -> torch.Tensor:

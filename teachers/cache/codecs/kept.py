@@ -41,10 +41,9 @@ class Kept:
     def to_bytes(self, *, vocabulary: int) -> bytes:
         """Counts as varints, then all numbers in Rice codes. docs/cache.md has it bit by bit."""
         num_tokens = len(self.entropy_T)
-        size = {"num_tokens": num_tokens, "vocabulary": vocabulary}
         ordered = sets.order(self.tokens_H, self.ids_H, vocabulary=vocabulary)
-        own = sets.split(self.tokens_H, self.ids_H, **size)
-        sampled = sets.split(self.tokens_S, self.ids_S, **size)
+        own = sets.split(self.tokens_H, self.ids_H, vocabulary=vocabulary)
+        sampled = sets.split(self.tokens_S, self.ids_S, vocabulary=vocabulary)
         chosen = [
             rice.Stream.best(_steps(self.entropy_T, ENTROPY_STEP)),
             rice.Stream.best(_steps(self.ce_T, CE_STEP)),
@@ -69,9 +68,8 @@ class Kept:
         shapes = list(zip((num_tokens, num_tokens, heads), shifts, strict=True))
         shapes += [(count, rice.shift_of_gaps(size, count)) for size, count in zip(universes, counts, strict=True)]
         entropy_T, ce_T, units_H, *gaps = rice.decode(data[start:], shapes)
-        size = {"num_tokens": num_tokens, "vocabulary": vocabulary}
-        tokens_H, ids_H = sets.join(gaps[: len(gaps) // 2], **size)
-        tokens_S, ids_S = sets.join(gaps[len(gaps) // 2 :], **size)
+        tokens_H, ids_H = sets.join(gaps[: len(gaps) // 2], vocabulary=vocabulary)
+        tokens_S, ids_S = sets.join(gaps[len(gaps) // 2 :], vocabulary=vocabulary)
         if max(tokens_H.max(initial=0), tokens_S.max(initial=0)) >= num_tokens:
             raise DataError(f"a coded row of {len(data)} bytes has more than {num_tokens} tokens")
         totals_B = np.array(totals_B, dtype=np.int64)

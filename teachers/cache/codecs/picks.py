@@ -37,7 +37,13 @@ class Picks:
 
     @classmethod
     def own_and_sampled(
-        cls, units_CK: torch.Tensor, ids_CK: torch.Tensor, sampled_CK: torch.Tensor, drawn_CK: torch.Tensor, *, total: int
+        cls,
+        units_CK: torch.Tensor,
+        ids_CK: torch.Tensor,
+        sampled_CK: torch.Tensor,
+        drawn_CK: torch.Tensor,
+        *,
+        total: int,
     ) -> "Picks":
         """The same, with the classes of `sampled_CK` where `drawn_CK`, each once."""
         own = _listed(units_CK, ids_CK)

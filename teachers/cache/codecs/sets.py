@@ -1,7 +1,7 @@
 """Which classes a row keeps, coded as a set: gaps between sorted members, each octave of ids at its own density.
 
-    octaves = split(tokens_N, ids_N, num_tokens=256, vocabulary=202_048)     gaps of every octave
-    tokens_N, ids_N = join(octaves, num_tokens=256, vocabulary=202_048)
+    octaves = split(tokens_N, ids_N, vocabulary=202_048)         gaps of every octave
+    tokens_N, ids_N = join(octaves, vocabulary=202_048)
 
 Tokenizers give low ids to frequent classes, so density falls from octave to octave. A set of k ids costs about
 log2 C(V, k) bits instead of k log2 V, and less where ids are not spread evenly. Suffix legend: N members of the set.
@@ -20,7 +20,7 @@ def octave_edges(vocabulary: int) -> np.ndarray:
     return np.array([0, *doubled, vocabulary])
 
 
-def split(tokens_N: np.ndarray, ids_N: np.ndarray, *, num_tokens: int, vocabulary: int) -> list[np.ndarray]:
+def split(tokens_N: np.ndarray, ids_N: np.ndarray, *, vocabulary: int) -> list[np.ndarray]:
     """For every octave: how many members lie between two neighbours, in order of (token, id).
 
     Each (token, id) may come once. Members come back from `join` in the order that `order` gives them.
@@ -41,7 +41,7 @@ def order(tokens_N: np.ndarray, ids_N: np.ndarray, *, vocabulary: int) -> np.nda
     return np.argsort((octaves_N * span + tokens_N) * vocabulary + ids_N)
 
 
-def join(gaps: Sequence[np.ndarray], *, num_tokens: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def join(gaps: Sequence[np.ndarray], *, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `split`: tokens and ids, int64, in order of (octave, token, id)."""
     edges = octave_edges(vocabulary)
     tokens, ids = [], []
