@@ -18,36 +18,22 @@ import torch
 import transformers
 
 from herd.data.batches import Batch
-from herd.data.corpora import Corpus, open_corpus
-from herd.data.packing import PackedRows, pack_rows
-from herd.data.permutation import shuffled
+from herd.data.packing import PackedRows
 from herd.data.streams import batch_of
-from herd.data.tokenizer import load_tokenizer, tokenizer_digest
 from herd.llama4 import use_sparse_experts
-from herd.llama4.source import open_model, read_config
+from herd.llama4.source import open_model
 from herd.run import launcher
-from herd.run.errors import ConfigError, DataError, EnvironmentFault, Interrupted
+from herd.run.errors import EnvironmentFault, Interrupted
+from herd.run.files import require_space
 from herd.run.lineage import git_commit, read_lineage
 from herd.run.progress import Progress
 from herd.run.ranks import StopFlag
 from herd.run.tracking import Tracker, open_tracker
 from teachers import cache
-from teachers.cache.identity import Identity, names_of_teacher
-from teachers.cache.manifest import Manifest
+from teachers.commands.job import Job, prepare
 from teachers.commands.options import Options
+from teachers.commands.sample import sample_bytes
 from teachers.frozen import FrozenTeacher
-
-
-@dataclass(frozen=True)
-class Job:
-    """What there is to do: the rows, in the order in which training reads them, and what the cache is of."""
-
-    folder: Path
-    """Of the teacher."""
-    corpus: Corpus
-    packed: PackedRows
-    indices_N: np.ndarray
-    identity: Identity
 
 
 @dataclass(frozen=True)
@@ -91,53 +77,6 @@ def run(options: Options, *, command: str) -> None:
         print(json.dumps(result, indent=1) if options.json else to_text(options.out, result))
 
 
-def prepare(options: Options) -> Job:
-    """Open data and tokenizer and name the cache; the teacher's weights are not loaded yet."""
-    folder = local_folder(options.model)
-    tokenizer = load_tokenizer(folder)
-    corpus = open_corpus(options.data)
-    packed = pack_rows(corpus, tokenizer, options.part, options.data.sequence_length)
-    config = read_config(str(folder))
-    if options.data.sequence_length > getattr(config, "max_position_embeddings", options.data.sequence_length):
-        raise ConfigError(
-            f"--sequence-length = {options.data.sequence_length}: the teacher reads at most "
-            f"{config.max_position_embeddings} tokens"
-        )
-    identity = Identity(
-        tokenizer=tokenizer_digest(tokenizer),
-        vocabulary=config.vocab_size,
-        sequence_length=options.data.sequence_length,
-        temperature=options.temperature,
-        data=corpus.fingerprint,
-        teacher=_teacher_name(folder, options),
-    )
-    count = len(packed) if options.rows is None else min(options.rows, len(packed))
-    indices_N = shuffled(np.arange(count), count=len(packed), key=(options.order_seed, 0))
-    return Job(folder, corpus, packed, indices_N, identity)
-
-
-def local_folder(model: str) -> Path:
-    """The model's folder, downloaded first for a hub id. Raises DataError when it cannot be had."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise DataError(f"--model {model}: no such folder, and the hub does not give it: {cause}") from error
-
-
-def _teacher_name(folder: Path, options: Options) -> str:
-    """The weights' digest; when completing, the name the cache has this teacher under."""
-    names = names_of_teacher(folder)
-    if options.complete and (there := Manifest.read(options.out).identity.teacher) in names:
-        return there
-    return names[0]
-
-
 def facts_of(options: Options, job: Job) -> dict[str, Any]:
     """What people want to know of a cache, and the command that completes it."""
     words = f"python -m teachers cache --model {options.model} --data {options.data.source} --out {options.out}"
@@ -162,8 +101,10 @@ def fill(made: cache.Cache, job: Job, options: Options, *, command: str) -> Outc
     before, done, spent, started = len(share_N) - len(wanted_N), 0, 0.0, time.perf_counter()
     if not len(wanted_N):
         return Outcome(0, before, 0, 0.0, 0.0)
-    teacher = open_teacher(job.folder, options.device)
     length, steps = job.identity.sequence_length, -(-len(wanted_N) // options.micro_rows)
+    needed = sample_bytes(options.codec, job.identity.vocabulary, length) * len(wanted_N) * length
+    require_space(made.folder, int(needed), what=f"the cache {made.folder}")
+    teacher = open_teacher(job.folder, options.device)
     with (
         made.writer(f"rank{launcher.rank()}") as writer,
         StopFlag() as stop,

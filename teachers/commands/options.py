@@ -19,7 +19,7 @@ EXAMPLES = (
     "python -m teachers cache --model behemoth --tokens 1e12 --students 3 --out caches/b --dry-run --world-size 64",
     "torchrun --nproc_per_node 4 -m teachers cache --model DIR --data SOURCE --out caches/big",
 )
-CODEC = "head_and_tail=16"
+CODEC = "head_and_tail=14"
 
 
 @dataclass(frozen=True)
