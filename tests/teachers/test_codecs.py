@@ -23,16 +23,22 @@ UNBIASED = ("head_and_tail=6", "rs_kd=9")
 EDGE_IDS = (0, 65_535, 65_536, 131_071, 131_072, 202_047)
 
 
-def encode(codec: str, logits_TV: torch.Tensor, rows: int = 1, *, labels_T=None, key=0, **settings) -> SparseTargets:
-    """Encode, decode, and lay out as a loss sees it."""
+def encode_kept(codec: str, logits_TV: torch.Tensor, rows: int, *, labels_T=None, key=0, **settings) -> list[Kept]:
+    """Encode to bytes and decode, row by row."""
     length, vocabulary = len(logits_TV) // rows, logits_TV.shape[1]
     labels_T = torch.zeros(len(logits_TV), dtype=torch.long) if labels_T is None else labels_T
     keys_B = torch.arange(rows) + key
     payloads = encode_rows(
         parse(codec), DenseTargets(logits_TV), labels_T.view(rows, length), keys_B, vocabulary=vocabulary, **settings
     )
-    kept = [Kept.from_bytes(data, num_tokens=length, vocabulary=vocabulary) for data in payloads]
-    return sparse_targets(kept, length, tail=parse(codec).tail, temperature=settings.get("temperature", 1.0))
+    return [Kept.from_bytes(data, num_tokens=length, vocabulary=vocabulary) for data in payloads]
+
+
+def encode(codec: str, logits_TV: torch.Tensor, rows: int = 1, **settings) -> SparseTargets:
+    """The same, laid out as a loss sees it."""
+    kept = encode_kept(codec, logits_TV, rows, **settings)
+    temperature = settings.get("temperature", 1.0)
+    return sparse_targets(kept, len(logits_TV) // rows, tail=parse(codec).tail, temperature=temperature)
 
 
 def dense(targets: SparseTargets, vocabulary: int) -> torch.Tensor:
@@ -120,7 +126,7 @@ def test_masses_are_unbiased_and_their_error_is_what_the_formula_says(codec):
     drawn_DSV = dense(targets, vocabulary).view(draws, shapes, vocabulary)
     mean_SV, size = drawn_DSV.mean(0), parse(codec).size
     errors_S = ((drawn_DSV - p_SV) ** 2).sum(-1).mean(0)
-    units = 1 << 5  # for the threshold of this block
+    (units,) = {int(total) for total in encode_kept(codec, logits_TV[:256], 1)[0].totals_B}
     for token, p_V in enumerate(p_SV.numpy()):
         if codec.startswith("rs_kd"):
             expected, variance_V = (1 - (p_V**2).sum()) / size, p_V * (1 - p_V) / size

@@ -20,9 +20,9 @@ from teachers.targets import Tail
 
 SPREAD = 4
 """A token gets at most this many times the mean number of classes."""
-UNITS_A_THRESHOLD = 3
-"""A unit of mass is at most this part of the threshold: rounding then adds under 1 % to the squared error."""
-LEAST_UNITS, MOST_UNITS = 16, 1 << 15
+UNITS_A_THRESHOLD = 2
+"""Finer units cost bits that more classes would use better; this is the flat bottom of that trade."""
+LEAST_UNITS, MOST_UNITS = 8, 1 << 15
 LOWEST_THRESHOLD = 1e-6
 TRIED, ROUNDS = 16, 5
 
@@ -64,8 +64,8 @@ class HeadAndTail:
 
 
 def units_of(threshold: float) -> int:
-    """How many parts a token's mass is counted in: a power of two."""
-    return min(MOST_UNITS, max(LEAST_UNITS, 1 << ceil(log2(UNITS_A_THRESHOLD / threshold))))
+    """How many parts a token's mass is counted in."""
+    return min(MOST_UNITS, max(LEAST_UNITS, ceil(UNITS_A_THRESHOLD / threshold)))
 
 
 def allocate(values_CK: torch.Tensor, below_CK: torch.Tensor, *, mean: int) -> tuple[float, torch.Tensor]:
