@@ -47,26 +47,6 @@ SHARED_BITS = 16
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A teacher's masses over a bigger vocabulary: each class is split among many ids, unevenly, all over the range."""
-
-    targets: FullTargets
-    ids_VM: torch.Tensor
-    shares_M: torch.Tensor
-    vocabulary: int
-
-    def logits(self, rows: slice) -> torch.Tensor:
-        logs_CV = self.targets.logits(rows).float().log_softmax(-1)
-        out_CV = torch.full((len(logs_CV), self.vocabulary), -60.0)
-        out_CV[:, self.ids_VM.flatten()] = (logs_CV[..., None] + self.shares_M.log()).flatten(1)
-        return out_CV
-
-    @property
-    def num_tokens(self) -> int:
-        return self.targets.num_tokens
-
-
-@dataclass(frozen=True)
 class Case:
     """One teacher over one set of rows."""
 
@@ -275,14 +255,20 @@ def real_teacher(model: Path, rows: int) -> Case:
 
 
 def spread(case: Case, rows: int) -> Case:
-    """The same teacher over the big vocabulary: no id is likelier than another beforehand, the dearest case for ids."""
+    """The same teacher over the big vocabulary: each class is split among many ids, unevenly, scattered at random.
+
+    No id is likelier than another beforehand: the dearest case for ids.
+    """
     generator = torch.Generator().manual_seed(0)
     each = BIG // case.vocabulary
     ids_VM = torch.randperm(BIG, generator=generator)[: each * case.vocabulary].view(case.vocabulary, each)
     shares_M = (torch.arange(each) + 1.0) ** -2.5
+    shares_M /= shares_M.sum()
     labels_BT = case.labels_BT[:rows]
-    targets = Spread(case.targets, ids_VM, shares_M / shares_M.sum(), BIG)
-    return Case("trained teacher, spread over the big vocabulary", targets, ids_VM[:, 0][labels_BT], BIG)
+    logs_TV = case.targets.logits(slice(0, labels_BT.numel())).log_softmax(-1)
+    logits_TW = torch.full((len(logs_TV), BIG), -60.0)
+    logits_TW[:, ids_VM.flatten()] = (logs_TV[..., None] + shares_M.log()).flatten(1)
+    return Case(f"{case.name}, spread over the big vocabulary", DenseTargets(logits_TW), ids_VM[:, 0][labels_BT], BIG)
 
 
 def sharpened(case: Case, factor: float) -> Case:

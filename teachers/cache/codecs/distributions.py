@@ -3,17 +3,17 @@
     chunk = Distributions.of(logits_CV, labels_C, temperature=1.0)
     values_CK, ids_CK = chunk.largest(16)
 
-Suffix legend: C tokens of a chunk, V vocabulary, S spans of s neighbouring ids, K classes, P points.
+Suffix legend: C tokens of a chunk, R of them at a time, V vocabulary, S spans of s ids, K classes, P points.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from herd.run.errors import NumericalError
 
 IGNORED = -100
+ELEMENTS_AT_ONCE = 1 << 20  # logits worked on at a time: they and what is made of them stay in a CPU's cache
 LOWEST = -1e30  # stands for minus infinity where it is multiplied by a mass of zero
 
 
@@ -33,20 +33,24 @@ class Distributions:
     @classmethod
     def of(cls, logits_CV: torch.Tensor, labels_C: torch.Tensor, *, temperature: float) -> "Distributions":
         """Raises NumericalError naming the first token whose logits hold NaN or +infinity."""
-        logs_CV = torch.log_softmax(logits_CV.float(), dim=-1)
-        label_C = logs_CV.gather(1, labels_C.clamp_min(0)[:, None])[:, 0]
-        ce_C = torch.where(labels_C == IGNORED, 0.0, -label_C)
-        if temperature != 1.0:
-            logs_CV = torch.log_softmax(logits_CV.float() / temperature, dim=-1)
-        probs_CV = logs_CV.exp()
-        entropy_C = -torch.linalg.vecdot(probs_CV, logs_CV)
-        if bool(entropy_C.isnan().any()):
-            entropy_C = -torch.linalg.vecdot(probs_CV, logs_CV.clamp_min(LOWEST))  # masses of zero
-            _check(logits_CV, entropy_C)
-        vocabulary = logits_CV.shape[1]
+        count, vocabulary = logits_CV.shape
         span = span_of(vocabulary)
-        probs_CSs = nn.functional.pad(probs_CV, (0, -vocabulary % span)).unflatten(1, (-1, span))
-        return cls(probs_CSs, probs_CSs.sum(-1).double(), entropy_C, ce_C)
+        probs_CV = logits_CV.new_zeros((count, vocabulary + -vocabulary % span), dtype=torch.float32)
+        entropy_C, ce_C = (logits_CV.new_empty(count, dtype=torch.float32) for _ in range(2))
+        at_once = max(1, ELEMENTS_AT_ONCE // vocabulary)
+        for rows in (slice(start, start + at_once) for start in range(0, count, at_once)):
+            logs_RV = torch.log_softmax(logits_CV[rows].float(), dim=-1)
+            ce_C[rows] = -logs_RV.gather(1, labels_C[rows].clamp_min(0)[:, None])[:, 0]
+            if temperature != 1.0:
+                logs_RV = torch.log_softmax(logits_CV[rows].float() / temperature, dim=-1)
+            probs_RV = torch.exp(logs_RV, out=probs_CV[rows, :vocabulary])
+            entropy_C[rows] = -torch.linalg.vecdot(probs_RV, logs_RV)
+            if bool(entropy_C[rows].isnan().any()):
+                entropy_C[rows] = -torch.linalg.vecdot(probs_RV, logs_RV.clamp_min(LOWEST))  # masses of zero
+        if bool(entropy_C.isnan().any()):
+            raise NumericalError(_fault(logits_CV, int(entropy_C.isnan().nonzero()[0, 0])))
+        probs_CSs = probs_CV.unflatten(1, (-1, span))
+        return cls(probs_CSs, probs_CSs.sum(-1).double(), entropy_C, ce_C.masked_fill(labels_C == IGNORED, 0.0))
 
     @property
     def span(self) -> int:
@@ -64,9 +68,10 @@ class Distributions:
         return values_CK.double(), spans_CK.gather(1, at_CK // self.span) * self.span + at_CK % self.span
 
     def take_out(self, ids_CK: torch.Tensor) -> None:
-        """Give these classes no mass, and sum the others again (without the error of a difference)."""
+        """Give these classes no mass, and sum their spans again (without the error of a difference)."""
         self.probs_CSs.flatten(1).scatter_(1, ids_CK, 0.0)
-        self.mass_CS = self.probs_CSs.sum(-1).double()
+        spans_CK = ids_CK // self.span
+        self.mass_CS.scatter_(1, spans_CK, self._spans(spans_CK).sum(-1).double())
 
     def put_back(self, ids_CK: torch.Tensor, values_CK: torch.Tensor) -> None:
         """Add masses to classes that have none."""
@@ -90,19 +95,15 @@ class Distributions:
 
 
 def span_of(vocabulary: int) -> int:
-    """Ids a span holds: a power of two near the square root of a sixteenth of the vocabulary."""
-    return 1 << max(2, ((vocabulary // 16).bit_length()) // 2)
+    """Ids a span holds: a power of two near the square root of V / 16, one that divides V if there is."""
+    near = 1 << max(2, ((vocabulary // 16).bit_length()) // 2)
+    return next((span for span in (near, near // 2, near * 2) if vocabulary % span == 0), near)
 
 
-def _check(logits_CV: torch.Tensor, entropy_C: torch.Tensor) -> None:
-    """Raise NumericalError if an entropy is NaN, which it is exactly where the logits are no distribution."""
-    broken = entropy_C.isnan().nonzero()
-    if not len(broken):
-        return
-    at = int(broken[0, 0])
+def _fault(logits_CV: torch.Tensor, at: int) -> str:
     logits_V = logits_CV[at]
     if bool(logits_V.isnan().any()):
         what = f"NaN ({int(logits_V.isnan().sum())} of {len(logits_V)} classes)"
     else:
         what = "infinite" if bool((logits_V == torch.inf).any()) else "minus infinity for every class"
-    raise NumericalError(f"teacher logits of token {at} of the block are {what}")
+    return f"teacher logits of token {at} of the block are {what}"
