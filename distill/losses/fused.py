@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses.chunks import chunk_of
+from distill.losses.chunks import CHUNKS_OF_A_GROUP, chunk_of
 from distill.losses.divergences import divergence as named_divergence
+from distill.losses.head_gradient import HeadGradient, working_dtype
 from distill.losses.kernel import STATS, LossTerms, check_targets, mix_chunk
 from distill.losses.token_stats import Alpha, TokenStats
 from herd.run.errors import ConfigError
@@ -120,6 +121,10 @@ def _terms(
     return LossTerms(named_divergence(divergence, parameter), temperature, label_smoothing, z_loss)
 
 
+def _slices(whole: slice, size: int) -> list[slice]:
+    return [slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size)]
+
+
 @dataclass(frozen=True)
 class _Job:
     """Everything of one call that is not differentiated."""
@@ -150,9 +155,13 @@ class _Job:
             1.0 / count.double().clamp_min(1),
         )
 
-    def chunks(self) -> list[slice]:
-        step = self.chunk_tokens
-        return [slice(start, min(start + step, len(self.labels_T))) for start in range(0, len(self.labels_T), step)]
+    def groups(self, dtype: torch.dtype) -> list[slice]:
+        """Tokens whose gradients go into the head together: one chunk, several where each has to be widened."""
+        size = self.chunk_tokens * (1 if working_dtype(dtype) == dtype else CHUNKS_OF_A_GROUP)
+        return _slices(slice(0, len(self.labels_T)), size)
+
+    def chunks(self, group: slice) -> list[slice]:
+        return _slices(group, self.chunk_tokens)
 
     def run(self, logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss [C] and statistics [S, C]; every token's own gradient, ignored ones' too, overwrites the logits."""
@@ -175,41 +184,28 @@ class _Job:
         return lambda stats: torch.full_like(stats.student_ce, alpha)
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    """Logits are handled in fp32, or in fp64 when the inputs are (reference runs)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _FusedLinear(torch.autograd.Function):
     """Loss of hidden @ head.T; both gradients are complete when the forward returns."""
 
     @staticmethod
     def forward(ctx, hidden_TH, head_VH, job):
-        working = _working(hidden_TH.dtype)
+        working = working_dtype(hidden_TH.dtype)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_TH = torch.empty_like(hidden_TH) if need_hidden else None
-        # Summing chunks in bf16 would lose the small ones, so the head's gradient is gathered in fp32.
-        grad_VH = torch.zeros_like(head_VH, dtype=working) if need_head else None
+        grad_head = HeadGradient(head_VH) if need_head else None
         stats_ST = hidden_TH.new_empty((len(STATS), hidden_TH.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        for rows in job.chunks():
-            logits_CV = (hidden_TH[rows] @ head_VH.T).to(working)
-            loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
-            total += loss_C.sum(dtype=torch.float64)
-            gradient_CV = logits_CV.to(hidden_TH.dtype)
+        for group in job.groups(hidden_TH.dtype):
+            gradient_GV, loss = _group_gradient(hidden_TH, head_VH, job, group, stats_ST)
+            total += loss
             if need_hidden:
-                torch.mm(gradient_CV, head_VH, out=grad_TH[rows])
-            # Ignored tokens leave by their hidden state: a row of H numbers, not of V.
-            hidden_CH = hidden_TH[rows].masked_fill(~job.valid_T[rows, None], 0.0)
-            if need_head and working == head_VH.dtype:
-                grad_VH.addmm_(gradient_CV.T, hidden_CH)
-            elif need_head:
-                grad_VH.add_(gradient_CV.T @ hidden_CH)
+                torch.mm(gradient_GV, head_VH, out=grad_TH[group])
+            if need_head:
+                # Ignored tokens leave by their hidden state: a row of H numbers, not of V.
+                grad_head.add(gradient_GV, hidden_TH[group].masked_fill(~job.valid_T[group, None], 0.0))
         if need_hidden:
             grad_TH.mul_(job.scale.to(working)).masked_fill_(~job.valid_T[:, None], 0.0)
-        if need_head:
-            grad_VH = grad_VH.mul_(job.scale).to(head_VH.dtype)
-        ctx.gradients = (grad_TH, grad_VH)
+        ctx.gradients = (grad_TH, grad_head.take(job.scale) if need_head else None)
         ctx.mark_non_differentiable(stats_ST)
         return (total * job.scale).to(working), stats_ST
 
@@ -221,16 +217,33 @@ class _FusedLinear(torch.autograd.Function):
         return *scaled, None
 
 
+def _group_gradient(
+    hidden_TH: torch.Tensor, head_VH: torch.Tensor, job: _Job, group: slice, stats_ST: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient in the logits [G, V] in the inputs' precision, and the sum of the losses; fills in the statistics."""
+    gradient_GV, total = None, torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+    for rows in job.chunks(group):
+        logits_CV = (hidden_TH[rows] @ head_VH.T).to(stats_ST.dtype)
+        loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
+        total += loss_C.sum(dtype=torch.float64)
+        if logits_CV.dtype == hidden_TH.dtype:
+            return logits_CV, total
+        if gradient_GV is None:
+            gradient_GV = hidden_TH.new_empty(group.stop - group.start, logits_CV.shape[1])
+        gradient_GV[rows.start - group.start : rows.stop - group.start] = logits_CV
+    return gradient_GV, total
+
+
 class _FromLogits(torch.autograd.Function):
     """Loss of logits that exist; their gradient is complete when the forward returns."""
 
     @staticmethod
     def forward(ctx, logits_TV, job):
-        working = _working(logits_TV.dtype)
+        working = working_dtype(logits_TV.dtype)
         grad_TV = torch.empty_like(logits_TV)
         stats_ST = logits_TV.new_empty((len(STATS), logits_TV.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        for rows in job.chunks():
+        for rows in job.chunks(slice(0, len(logits_TV))):
             logits_CV = logits_TV[rows].to(working, copy=True)
             loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
             total += loss_C.sum(dtype=torch.float64)
