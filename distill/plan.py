@@ -63,7 +63,8 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             accumulation=accumulation,
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
-            chunk_tokens=config.loss.chunk_tokens or chunk_of(text.vocab_size),
+            chunk_tokens=config.loss.chunk_tokens
+            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4),
         )
         plans[name] = plan(text, setup)
     return plans

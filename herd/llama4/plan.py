@@ -131,7 +131,7 @@ def plan(config: Llama4TextConfig, setup: Setup) -> Plan:
         gathered=_largest_layer(config, setup.expert_parallel) * width if setup.zero == 3 else 0,
         activations=sum(layers) * tokens * trained,
         activations_recomputed=(layer_inputs * width + max(layers)) * tokens * trained,
-        logits=3 * min(setup.chunk_tokens, tokens) * config.vocab_size * _FP32,
+        logits=2 * min(setup.chunk_tokens, tokens) * config.vocab_size * width,
         kv_cache=kv_bytes(config, setup.sequence_length, bytes_per_value=width),
         flops_per_token=cost(config, setup.sequence_length),
     )
