@@ -6,7 +6,7 @@ FLOPs per token, and what the herd does in a day. No device is touched and no da
 
 from transformers import Llama4TextConfig
 
-from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
+from herd.llama4.plan import Plan, Setup, experts_divisible, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
@@ -52,6 +52,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         if config.data.sequence_length > text.max_position_embeddings:
             raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
+        experts_divisible(text, config.parallel.expert_parallel, model=f"{name} ({source})")
         frozen = name == "teacher" and config.teacher.mode == "frozen"
         setup = Setup(
             zero=config.parallel.zero,

@@ -21,6 +21,7 @@ from herd.run import checkpoints, files, randomness, ranks
 from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
 from herd.run.lineage import git_commit
+from herd.run.resume import resolve
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
 
@@ -94,7 +95,7 @@ def _write_models(parts: Assembly, config: Config, folder: Path, tracker: Tracke
 
 def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -> Path | None:
     """Create or reopen the run folder; returns the checkpoint to start from, on every rank the same."""
-    checkpoint = checkpoints.resolve(folder, resume)
+    checkpoint = resolve(folder, resume)
     if checkpoint is not None:
         _check_same_world(checkpoint, config)
     if resume != "never" and (folder / "config.yaml").exists():

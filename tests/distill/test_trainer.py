@@ -165,6 +165,18 @@ def test_a_sequence_longer_than_the_model_is_refused_by_the_run_and_by_its_plan(
         plan_run(config, world_size=1)
 
 
+@pytest.mark.parametrize("name", ["teacher", "maverick"])
+def test_experts_that_ranks_cannot_share_are_named_with_their_model(name, tmp_path, monkeypatch):
+    key, source = {"teacher": ("teacher", "behemoth-nano"), "maverick": ("students.maverick", "maverick-nano")}[name]
+    config = small_config(tmp_path, f"{key}.overrides.num_local_experts=3", "parallel.expert_parallel=2")
+    line = rf"does not divide the 3 experts \(num_local_experts\) of {name} \({source}\); use one of 1, 3$"
+    with pytest.raises(ConfigError, match=line):
+        plan_run(config, world_size=2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)  # models are opened before another rank is needed
+    with pytest.raises(ConfigError, match=line):
+        assemble(config, tmp_path)
+
+
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run\.folder: .* is a file, not a folder"):
