@@ -12,6 +12,7 @@ import torch
 
 import evals
 import quant
+from distill import run_record
 from distill.assembly import Assembly
 from evals.footprint import count_parameters
 from evals.result import summary
@@ -64,6 +65,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     for result in results:
         register(result.entry(), config, tracker)
     print(f"\n{summary(results)}\n", flush=True)
+    run_record.mark(run_folder, "finished")  # before the report, which shows it
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")

@@ -29,7 +29,7 @@ ROOM = 1.05  # of the last checkpoint's size must be free before the next one st
 
 @contextmanager
 def writing(run_folder: Path, step: int, *, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """`begin`, then `complete`; on an error the half-written folder goes. A full disk is an EnvironmentFault."""
+    """`begin`, then `complete`; on an error the half-written folder goes. A full disk is a DiskFull."""
     folder = begin(run_folder, step)
     try:
         with files.disk_faults(folder):
@@ -43,7 +43,7 @@ def writing(run_folder: Path, step: int, *, facts: Mapping[str, Any]) -> Iterato
 def begin(run_folder: Path, step: int) -> Path:
     """The empty folder in which every rank writes its part of this step's checkpoint; a collective call.
 
-    Raises EnvironmentFault when less is free than the last checkpoint took.
+    Raises DiskFull when less is free than the last checkpoint took.
     """
     folder = run_folder / FOLDER / f".step_{step:06d}.tmp"
     if ranks.is_main():
