@@ -6,6 +6,8 @@ FLOPs per token, and what the herd does in a day. No device is touched and no da
 
 from transformers import Llama4TextConfig
 
+from herd.data.corpora import check_source
+from herd.data.tokenizer import check_path
 from herd.llama4.plan import Plan, Setup, experts_divisible, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
@@ -18,7 +20,10 @@ SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulati
 
 
 def show(config: Config, *, world_size: int, mfu: float) -> None:
-    """Print the resolved configuration and the plan. Raises ConfigError for what could not run either."""
+    """Print the resolved configuration and the plan. Raises ConfigError or DataError for what could not run either."""
+    check_source(config.data)
+    if config.tokenizer.path is not None:
+        check_path(config.tokenizer.path)
     plans = plan_run(config, world_size=world_size)
     micro_rows, accumulation = split_batch(config, world_size)
     tokens_per_step = config.batch.rows * config.data.sequence_length
