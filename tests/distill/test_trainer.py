@@ -13,7 +13,7 @@ from distill.assembly import assemble
 from distill.diagnosis import first_fault
 from distill.loop import Loop, keep_steps
 from distill.objectives.codistillation import Herd
-from distill.plan import plan_run
+from distill.plan import plan_run, show
 from distill.session import prepare_folder, without_resume
 from herd.llama4.source import open_model
 from herd.run import config as configuration
@@ -221,6 +221,29 @@ def test_a_model_folder_is_planned_as_the_spec_it_was_built_from(parts, tmp_path
     assert from_folder.counts == from_spec.counts and from_folder.state == from_spec.state
     with pytest.raises(ConfigError, match="'scot-nano': no such spec or folder; specs are scout"):
         plan_run(small_config(tmp_path, "teacher.overrides={}", "teacher.source=scot-nano"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.source=/no/texts", r"^data\.source = /no/texts: no such file or folder \(nor a folder /no\)$"),
+        ("data.source=texts/mine.jsonl", r"^data\.source = texts/mine\.jsonl: no such file or folder"),
+        ("data.source=~/none/here", r"^data\.source = ~/none/here: no such file"),
+        ("tokenizer.path=./none", r"^tokenizer \./none: no such folder"),
+        ("tokenizer.path=herd/data", r"^tokenizer herd/data: none of tokenizer\.json, .* in that folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_is_not_there_as_the_run_does(override, line, tmp_path, capsys):
+    config = small_config(tmp_path, override)
+    for refused in (lambda: show(config, world_size=1, mfu=0.4), lambda: assemble(config, tmp_path)):
+        with pytest.raises(DataError, match=line):
+            refused()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_asks_nobody_about_what_may_be_on_the_hub(tmp_path, capsys):
+    show(small_config(tmp_path, "data.source=some/texts", "tokenizer.path=some/model"), world_size=1, mfu=0.4)
+    assert "data:\n  source: some/texts" in capsys.readouterr().out
 
 
 def test_lines_of_steps_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):
