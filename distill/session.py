@@ -108,7 +108,7 @@ def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -
     """Create or reopen the run folder; returns the checkpoint to start from, on every rank the same."""
     checkpoint = resolve(folder, resume)
     if checkpoint is not None:
-        _check_same_world(checkpoint, config)
+        _check_same_world(checkpoint)
     if resume != "never" and (folder / CONFIG).exists():
         _check_same_config(folder / CONFIG, config)
     ranks.barrier()
@@ -140,12 +140,13 @@ def _check_same_config(path: Path, config: Config) -> None:
         )
 
 
-def _check_same_world(checkpoint: Path, config: Config) -> None:
-    facts = checkpoints.facts(checkpoint)
-    if facts["world_size"] != ranks.world_size():
+def _check_same_world(checkpoint: Path) -> None:
+    wrote = checkpoints.facts(checkpoint)["world_size"]
+    if wrote != ranks.world_size():
         raise DataError(
-            f"{checkpoint} was written by {facts['world_size']} ranks, this run has {ranks.world_size()}: "
-            f"start it with --num_accelerators {facts['world_size']}, or start a new run from its exported models"
+            f"{checkpoint} was written by {wrote} {'rank' if wrote == 1 else 'ranks'}, this run has "
+            f"{ranks.world_size()}: start it on {wrote} (deepspeed --num_accelerators {wrote}, on one machine), or "
+            "start another run with --set run.name=NEW"
         )
 
 

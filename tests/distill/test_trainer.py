@@ -3,12 +3,15 @@
 pytest tests/distill/test_trainer.py
 """
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill import session
 from distill.assembly import assemble
 from distill.diagnosis import first_fault
 from distill.loop import Loop, keep_steps
@@ -18,7 +21,7 @@ from distill.session import prepare_folder, without_resume
 from herd.llama4.source import open_model
 from herd.run import config as configuration
 from herd.run import ranks
-from herd.run.errors import ConfigError, DataError, NumericalError
+from herd.run.errors import ConfigError, DataError, DiskFull, EnvironmentFault, NumericalError
 from herd.run.tracking import open_tracker
 
 SMALL = ["run.name=t", "teacher.head_start=0", "run.evaluate_every=2", "run.steps=3", "run.checkpoint_every=100"]
@@ -221,6 +224,44 @@ def test_a_model_folder_is_planned_as_the_spec_it_was_built_from(parts, tmp_path
     assert from_folder.counts == from_spec.counts and from_folder.state == from_spec.state
     with pytest.raises(ConfigError, match="'scot-nano': no such spec or folder; specs are scout"):
         plan_run(small_config(tmp_path, "teacher.overrides={}", "teacher.source=scot-nano"), world_size=1)
+
+
+def test_a_full_disk_names_the_run_and_the_field_that_moves_it(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(session, "assemble", no_room)
+    config = small_config(tmp_path, "tracking.enabled=false")
+    mend = r"free some space there, or move the run to another disk \(run\.folder\)"
+    with pytest.raises(DiskFull, match=rf"^cannot write {tmp_path}/t: the disk is full \(.* free at .*\); {mend}$"):
+        session.run(config, resume="never", command="")
+
+
+def test_a_model_that_will_not_fit_is_refused_before_a_byte_is_written(parts, tmp_path, monkeypatch):
+    assembly, _, _ = parts
+    monkeypatch.setattr("herd.run.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(DiskFull, match=rf"^the model scout needs [\d.]+ .B, 1\.0 kB free at {tmp_path}; free some"):
+        assembly.herd.pupils["scout"].member.export(tmp_path / "scout", tokenizer=assembly.tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", ["", "checkpoints/.step_000002.tmp"])
+def test_whatever_goes_wrong_in_a_deleted_run_folder_is_told_as_its_deletion(left, tmp_path, monkeypatch):
+    def delete(config, folder):
+        shutil.rmtree(folder)
+        if left:  # a checkpoint in writing made the folder anew
+            (folder / left).mkdir(parents=True)
+        raise RuntimeError("something of a library")
+
+    monkeypatch.setattr(session, "assemble", delete)
+    with pytest.raises(EnvironmentFault, match=rf"^{tmp_path}/t was deleted while the run was writing to it"):
+        session.run(small_config(tmp_path, "tracking.enabled=false"), resume="never", command="")
+
+
+def test_a_bug_in_a_run_whose_folder_is_there_stays_a_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "assemble", lambda config, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.run(small_config(tmp_path, "tracking.enabled=false"), resume="never", command="")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,9 @@ def test_a_stopped_run_exits_75_and_resumes_to_the_bits_of_an_uninterrupted_one(
     stopped = finish(process, tmp_path / "cut")
     assert stopped.code == 75, stopped.log
     assert "go on with: RESUME" in stopped.log
+    alone = launch(tmp_path / "cut", ranks=1, overrides=SHORT[:-1], resume="auto")
+    assert alone.code == 4, alone.log
+    assert "was written by 2 ranks, this run has 1: start it on 2 (deepspeed --num_accelerators 2, on" in alone.log
     resumed = launch(tmp_path / "cut", overrides=SHORT[:-1], resume="auto")
     assert resumed.code == 0, resumed.log
     assert len(resumed.metrics()) == len(whole.metrics()) == 6
