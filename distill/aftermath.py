@@ -12,12 +12,14 @@ import torch
 
 import evals
 import quant
+from distill import run_record
 from distill.assembly import Assembly
 from evals.footprint import count_parameters
 from evals.result import summary
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
+from herd.run.config_checks import export_name
 from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
@@ -63,6 +65,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     for result in results:
         register(result.entry(), config, tracker)
     print(f"\n{summary(results)}\n", flush=True)
+    run_record.mark(run_folder, "finished")  # before the report, which shows it
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
@@ -72,7 +75,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
 
 def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
-    name = f"{student}-{settings.scheme}"
+    name = export_name(student, settings.scheme)
     folder = run_folder / "exports" / name
     if not folder.exists():
         source = run_folder / "students" / student

@@ -121,7 +121,7 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
     if config.parallel.expert_parallel == 1:
         return use_sparse_experts(opened)
-    experts_divisible(opened.config, config.parallel.expert_parallel)
+    experts_divisible(opened.config, config.parallel.expert_parallel, model=f"{name} ({model.source})")
     return opened
 
 

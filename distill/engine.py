@@ -131,7 +131,11 @@ def build_member(
 def write_model_folder(
     folder: Path, config: object, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place."""
+    """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place.
+
+    Raises DiskFull before anything is written when the weights do not fit.
+    """
+    files.require_space(folder, sum(tensor.nbytes for tensor in state.values()), what=f"the model {folder.name}")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config().to_dict()

@@ -45,10 +45,14 @@ class Loop:
         self._children = {name: tracker.nested(name, role=role) for name, role in roles.items()}
         self._metrics_file = run_folder / "metrics.jsonl"
 
-    def run(self, *, resume_from: Path | None, resume_command: str) -> None:
-        """Train to the end. Raises Interrupted after saving when asked to stop, NumericalError on a loss not finite."""
+    def run(self, *, resume_from: Path | None, resume_command: str) -> int:
+        """Train to the end; returns the steps that took.
+
+        Raises Interrupted after saving when asked to stop, NumericalError on a loss not finite.
+        """
         if resume_from is not None:
             self.load(resume_from)
+        first = self.position.step
         if ranks.is_main():
             keep_steps(self._metrics_file, up_to=self.position.step)
         ranks.barrier()
@@ -63,6 +67,7 @@ class Loop:
                     self.save()
                 if stop.requested_anywhere() and self.position.step < total:
                     self._stop(resume_command)
+        return total - first
 
     def _take_step(self) -> dict[str, float | list]:
         position, batch = self.position, self.config.batch

@@ -7,7 +7,9 @@ FLOPs per token, and what the herd does in a day. No device is touched and no da
 from transformers import Llama4TextConfig
 
 from distill.losses.chunks import chunk_of
-from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
+from herd.data.corpora import check_source
+from herd.data.tokenizer import check_path
+from herd.llama4.plan import Plan, Setup, experts_divisible, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
@@ -19,7 +21,10 @@ SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulati
 
 
 def show(config: Config, *, world_size: int, mfu: float) -> None:
-    """Print the resolved configuration and the plan. Raises ConfigError for what could not run either."""
+    """Print the resolved configuration and the plan. Raises ConfigError or DataError for what could not run either."""
+    check_source(config.data)
+    if config.tokenizer.path is not None:
+        check_path(config.tokenizer.path)
     plans = plan_run(config, world_size=world_size)
     micro_rows, accumulation = split_batch(config, world_size)
     tokens_per_step = config.batch.rows * config.data.sequence_length
@@ -53,6 +58,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         if config.data.sequence_length > text.max_position_embeddings:
             raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
+        experts_divisible(text, config.parallel.expert_parallel, model=f"{name} ({source})")
         frozen = name == "teacher" and config.teacher.mode == "frozen"
         setup = Setup(
             zero=config.parallel.zero,

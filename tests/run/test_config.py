@@ -26,13 +26,15 @@ weightings = st.one_of(
     st.fixed_dictionaries({"kind": st.just("schedule")}, optional={"shape": st.sampled_from(["linear", "staged"])}),
     st.fixed_dictionaries({"kind": st.just("lead")}, optional={"peak": fractions, "width": positive}),
 )
-quantize = st.sampled_from(["int4", "fp8", {"scheme": "int4", "group_size": 32}])
+quantize = st.sampled_from(
+    [[], ["int4"], ["fp8", "int4"], [{"scheme": "int4", "group_size": 32}, "fp8"], [{"scheme": "fp8"}]]
+)
 students = st.fixed_dictionaries(
     {"source": texts},
     optional={
         "overrides": st.dictionaries(texts, values, max_size=3),
         "lr": st.none() | positive,
-        "quantize": st.lists(quantize, max_size=3),
+        "quantize": quantize,
     },
 )
 trees = st.fixed_dictionaries(
@@ -180,6 +182,16 @@ def test_a_head_start_needs_a_teacher_that_trains(tmp_path: Path) -> None:
     assert (
         "teacher.head_start = 5: a frozen teacher does not train; set it to 0, or teacher.mode to codistill" in message
     )
+    message = refusal(written(tmp_path), "teacher.mode=none", "teacher.head_start=5")
+    assert "teacher.head_start = 5: there is no teacher to give one (teacher.mode = none); set it to 0, or" in message
+
+
+@pytest.mark.parametrize("listed", ["[int4, int4]", "[fp8, int4, {scheme: int4, group_size: 32}]"])
+def test_two_exports_of_one_name_are_refused(listed: str, tmp_path: Path) -> None:
+    message = refusal(written(tmp_path), f"students.scout.quantize={listed}")
+    assert message.endswith(
+        "students.scout.quantize: int4 is listed 2 times, and each would be the export scout-int4; keep one"
+    )
 
 
 def test_several_faults_are_told_at_once_one_a_line(tmp_path: Path) -> None:
@@ -227,8 +239,8 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
         written(tmp_path),
         [
             "optim.lr=2e-3",
-            "students.scout.quantize=[int4, {scheme: fp8}]",
-            "students.scout.quantize.1.scheme=int4",
+            "students.scout.quantize=[int4, {scheme: int4}]",
+            "students.scout.quantize.1.scheme=fp8",
             "students.tiny.source=maverick-nano",
             "students.tiny.lr=1e-4",
             "teacher.overrides.num_hidden_layers=4",
@@ -237,7 +249,7 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
         ],
     )
     assert loaded.optim.lr == 0.002
-    assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "int4"]
+    assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "fp8"]
     assert loaded.students["tiny"].lr == 1e-4
     assert loaded.teacher.overrides == {"num_hidden_layers": 4}
     assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("lead", 0.5)
@@ -299,6 +311,17 @@ def test_a_batch_that_does_not_split_names_values_that_do(tmp_path: Path) -> Non
     loaded = config.load(written(tmp_path), ["batch.rows=8", "batch.micro_rows=8"])
     with pytest.raises(ConfigError, match=r"has 8 / 2 = 4 rows; use one of 1, 2, 4$"):
         config.split_batch(loaded, 2)
+
+
+def test_a_choice_of_one_is_not_called_a_choice(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert refusal(path, "batch.rows=1", "batch.micro_rows=2").endswith("at any number of ranks; use 1")
+    with pytest.raises(ConfigError, match=r"has 8 / 8 = 1 rows; use 1$"):
+        config.split_batch(config.load(path, ["batch.rows=8", "batch.micro_rows=2"]), 8)
+    with pytest.raises(ConfigError, match=r"must divide the 1 ranks; use 1$"):
+        config.split_batch(config.load(path, ["parallel.expert_parallel=2"]), 1)
+    with pytest.raises(ConfigError, match=r"\(such as 2\), or start 1 rank$"):
+        config.split_batch(config.load(path, ["batch.rows=1"]), 2)
 
 
 def test_experts_are_spread_over_whole_groups_of_ranks(tmp_path: Path) -> None:
