@@ -70,7 +70,7 @@ def continue_rows(model: PreTrainedModel, prompts_BP: torch.Tensor, *, tokens: i
     written = []
     for number in range(tokens):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        cache = output.get("past_key_values")
         if cache is None:
             raise ConfigError(f"objective.kind = on_policy: {type(model).__name__} has no key-value cache; use distil")
         ids = choose(output.logits[:, -1], number)[:, None]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distill.engine import Member
+from distill.losses import Distillation
 from distill.objectives.codistillation import Herd
 from distill.rollouts import write_batches
 from distill.tally import Tally
@@ -97,7 +98,7 @@ class OnPolicyHerd(Herd):
             return
         teacher.engine.eval()
         with torch.no_grad():
-            (outputs,) = teacher.engine(batch.input_ids_BT)
+            *_, outputs = teacher.engine(batch.input_ids_BT, loss_of=no_loss)
         teacher.engine.train()
         teacher.tap.take()
         with teacher.gathered_head():
@@ -131,6 +132,12 @@ class OnPolicyHerd(Herd):
             f"{label}/teacher_logprob": -tally.mean("teacher_ce"),
             f"{label}/tokens_per_s": tally.num_tokens / self._sampling_s[name],
         }
+
+
+def no_loss(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
+    """A forward's outputs are wanted, but its head must run too: ZeRO-3 has sent for it and waits until it is used."""
+    zero = outputs.new_zeros(())
+    return Distillation(zero, zero, zero)
 
 
 def choose_written(count: int, fraction: float, *, seed: tuple[int, ...]) -> list[int]:
