@@ -42,4 +42,4 @@ def test_two_ranks_write_and_learn_what_one_does(split, one_rank, tmp_path):
     run = launch(tmp_path, ranks=2, overrides=[*SETTINGS, "batch.micro_rows=1", *split])
     assert run.code == 0, run.log
     for key in CURVES:
-        assert run.curve(key) == pytest.approx(one_rank.curve(key), rel=1e-4), key
+        assert run.curve(key) == pytest.approx(one_rank.curve(key), rel=1e-4, abs=1e-5), key
