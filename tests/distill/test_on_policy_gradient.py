@@ -15,8 +15,7 @@ from distill.rollouts import draw
 VOCABULARY, LENGTH, START = 4, 3, 0
 ROWS_RN = torch.tensor(list(product(range(VOCABULARY), repeat=LENGTH)))
 STATES_RN = torch.cat([torch.full_like(ROWS_RN[:, :1], START), ROWS_RN[:, :-1]], 1)
-LOSS_SETTINGS = {"forward_kl": {}}
-"""How the product's loss is asked for each divergence it has."""
+DIVERGENCES = ("forward_kl", "reverse_kl")
 
 
 def tables(seed=0):
@@ -97,20 +96,20 @@ def test_the_gradient_of_the_whole_rows_divergence_has_a_further_term_that_is_le
     assert rest.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("divergence", LOSS_SETTINGS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_loss_of_written_rows_has_that_gradient_in_expectation(divergence):
     student_SV, teacher_SV = tables()
     weights_R = log_probabilities(student_SV).sum(1).exp().detach()
     total = torch.zeros((), dtype=torch.float64)
     for states_N, row_N, weight in zip(STATES_RN, ROWS_RN, weights_R, strict=True):
         targets = DenseTargets(teacher_SV[states_N])
-        settings = {"alpha": 1.0, "normalizer": 1.0, **LOSS_SETTINGS[divergence]}
+        settings = {"alpha": 1.0, "normalizer": 1.0, "divergence": divergence}
         total = total + weight * distillation_from_logits(student_SV[states_N], row_N, targets, **settings).loss
     expected = per_token_gradient(student_SV, teacher_SV, divergence)
     torch.testing.assert_close(gradient(total, student_SV), expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("divergence", LOSS_SETTINGS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_that_are_really_drawn_have_it_on_average(divergence):
     count, (student_SV, teacher_SV) = 40_000, tables()
     chances_RN = torch.rand(count, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -118,7 +117,7 @@ def test_rows_that_are_really_drawn_have_it_on_average(divergence):
     for place in range(LENGTH):
         written.append(draw(student_SV.detach()[written[-1]], chances_RN[:, place], temperature=1.0))
     states_T, ids_T = torch.cat(written[:-1]), torch.cat(written[1:])
-    settings = {"alpha": 1.0, "normalizer": float(count), **LOSS_SETTINGS[divergence]}
+    settings = {"alpha": 1.0, "normalizer": float(count), "divergence": divergence}
     loss = distillation_from_logits(student_SV[states_T], ids_T, DenseTargets(teacher_SV[states_T]), **settings).loss
     # A row's gradient at state s is (visits of s) x (gradient of one visit), and it has at most N visits.
     one_visit_SV = gradient(divergences(student_SV, teacher_SV, divergence).sum(), student_SV)
