@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill import weighting
 from distill.engine import Member, build_member
 from distill.objectives.codistillation import Herd, Pupil
+from distill.objectives.on_policy import OnPolicyHerd
 from herd.data.batches import Batch, RowSource
 from herd.data.corpora import Corpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
@@ -26,7 +27,7 @@ from herd.run import ranks
 from herd.run.config import split_batch
 from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError, DataError
-from herd.run.schema import Config, Model, Teacher
+from herd.run.schema import Config, Model, OnPolicy, Teacher
 from teachers.frozen import FrozenTeacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -84,7 +85,11 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         )
         for name, model in student_models.items()
     }
-    return Assembly(Herd(config, teacher, pupils), tokenizer, corpus, rows, heldout, micro_rows)
+    if isinstance(config.objective, OnPolicy):
+        herd: Herd = OnPolicyHerd(config, teacher, pupils, vocabulary=len(tokenizer))
+    else:
+        herd = Herd(config, teacher, pupils)
+    return Assembly(herd, tokenizer, corpus, rows, heldout, micro_rows)
 
 
 def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBase:

@@ -8,6 +8,8 @@ Several members live in one process and share its ranks.
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,11 +23,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.learner import Learner, parameter_groups
+from distill.shells import filled, shell_of
 from herd.llama4 import expert_parallel
 from herd.llama4.balance import RouterTap
 from herd.llama4.model import restore_rope
 from herd.run import deepspeed_config, files, ranks
-from herd.run.schema import Config
+from herd.run.schema import Config, OnPolicy
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -62,6 +65,8 @@ class Member:
     engine: deepspeed.DeepSpeedEngine
     tap: RouterTap
     peak_lr: float
+    shell: PreTrainedModel | None = None
+    """Where `whole` puts weights that ZeRO-3 keeps in parts."""
 
     @property
     def top_k(self) -> int:
@@ -76,6 +81,14 @@ class Member:
         """Context in which the head's matrix is whole on every rank (ZeRO-3 keeps it in parts)."""
         stage = self.engine.zero_optimization_stage()
         return deepspeed.zero.GatheredParameters([self.learner.head.weight], enabled=stage == 3)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model, to run any number of forwards on without gradient; under ZeRO-3 a copy with whole weights."""
+        if self.shell is None:
+            yield self.learner.model
+        else:
+            yield filled(self.shell, self.learner.model)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser state of every rank under folder/<name>."""
@@ -117,6 +130,8 @@ def build_member(
     if ranks.is_main():
         files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
     expert_parallel.install_preset()
+    writes = isinstance(config.objective, OnPolicy) and name != "teacher"
+    shell = shell_of(model) if writes and config.parallel.zero == 3 else None
     learner = Learner(model)
     engine, *_ = deepspeed.initialize(
         model=learner,
@@ -125,7 +140,7 @@ def build_member(
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
     restore_rope(learner)
-    return Member(name, learner, engine, RouterTap(learner), lr)
+    return Member(name, learner, engine, RouterTap(learner), lr, shell)
 
 
 def write_model_folder(

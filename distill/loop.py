@@ -183,6 +183,7 @@ def headline(metrics: dict[str, float | list], students: dict) -> dict[str, floa
     for name in students:
         shown[name] = metrics.get(f"student/{name}/ce")
         shown[f"{name} alpha"] = metrics.get(f"student/{name}/alpha")
+        shown[f"{name} reverse KL"] = metrics.get(f"student/{name}/on_policy/reverse_kl")
     return {key: value for key, value in shown.items() if value is not None}
 
 

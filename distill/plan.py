@@ -34,6 +34,8 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
         print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")
         print(made.table())
     flops = sum(made.flops_per_token for made in plans.values())
+    if config.objective.kind == "on_policy":
+        print("--- not in these figures: what students write, its key-value cache, and the teacher's forwards over it")
     daily = tokens_per_day(flops, world_size=world_size, mfu=mfu)
     steps = config.run.steps + config.teacher.head_start
     print("--- the herd")

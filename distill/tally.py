@@ -40,6 +40,12 @@ class Tally:
         """Add one micro-batch's load-balancing loss."""
         self._balance += torch.stack((loss.detach().double().cpu(), torch.ones((), dtype=torch.float64)))
 
+    def beside(self) -> "Tally":
+        """A tally for other tokens of the same model: its sums are its own, the experts' load is counted together."""
+        other = Tally(self._load.top_k)
+        other._load = self._load
+        return other
+
     @staticmethod
     def reduce(tallies: Iterable["Tally"]) -> None:
         """Sum all of them over ranks, in one collective."""
@@ -54,6 +60,11 @@ class Tally:
     def is_finite(self) -> bool:
         return bool(self._sums.isfinite().all() and self._balance.isfinite().all())
 
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens added."""
+        return int(self._sums[-1])
+
     def mean(self, stat: str) -> float:
         """Mean of one statistic over valid tokens."""
         return (self._sums[STATS.index(stat)] / self._sums[-1].clamp_min(1)).item()
@@ -64,7 +75,9 @@ class Tally:
         )
 
     def metrics(self, label: str, *, with_targets: bool) -> dict[str, float | list]:
-        """Global means under `label/`, in nats."""
+        """Global means under `label/`, in nats; nothing when no token was added."""
+        if self.num_tokens == 0:
+            return {}
         out: dict[str, float | list] = {f"{label}/ce": self.mean("ce")}
         if self._balance[1] > 0:
             out[f"{label}/balance"] = (self._balance[0] / self._balance[1]).item()

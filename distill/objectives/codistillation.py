@@ -78,12 +78,16 @@ class Herd:
             if index < len(batches) - 1:
                 for member in active.values():
                     member.engine.step()  # no update yet: DeepSpeed counts micro-batches here
+        self._settle(active, tallies, batches, step)
+        metrics = self._update(active, tallies, step)
+        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
+    def _settle(self, active: dict[str, Member], tallies: dict[str, Tally], batches: list[Batch], step: int) -> None:
+        """Sum the tallies over ranks; NumericalError, before any weight moves, when a loss is not finite."""
         Tally.reduce(tallies.values())
         for name, tally in tallies.items():
             if not tally.is_finite():
                 raise NumericalError(self._diagnose(name, active[name], tally, batches, step))
-        metrics = self._update(active, tallies, step)
-        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
     def _active(self, step: int) -> dict[str, Member]:
         members = self.members
@@ -183,7 +187,7 @@ class Herd:
             metrics |= tallies[name].expert_metrics(name)
         for name in active.keys() & self.pupils.keys():
             pupil = self.pupils[name]
-            if self.teacher is not None:
+            if self.teacher is not None and tallies[name].num_tokens > 0:
                 pupil.weighting.update(tallies[name].step_stats(step - self.head_start))
             metrics |= {f"student/{name}/{key}": value for key, value in pupil.weighting.metrics().items()}
         self.seconds["update"] += time.perf_counter() - started

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from herd.run import deepspeed_config
 from herd.run.errors import ConfigError
-from herd.run.schema import Config
+from herd.run.schema import Config, OnPolicy
 
 WITH_PARAMETER = ("jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
 RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
@@ -44,6 +44,8 @@ def faults(config: Config) -> Iterator[str]:
             f"batch.micro_rows = {batch.micro_rows}: must divide batch.rows = {batch.rows} at any number of ranks; "
             f"{use(divisors(batch.rows))}"
         )
+    if isinstance(config.objective, OnPolicy):
+        yield from _on_policy_faults(config, config.objective)
     yield from deepspeed_config.conflicts(config.deepspeed.extra)
 
 
@@ -56,6 +58,25 @@ def _loss_faults(config: Config) -> Iterator[str]:
         )
     if parameter == 1 and name.startswith("skew"):
         yield f"loss.divergence_parameter = 1: {name} is zero everywhere at 1; use less"
+
+
+def _on_policy_faults(config: Config, objective: OnPolicy) -> Iterator[str]:
+    length = config.data.sequence_length
+    if objective.prompt_tokens >= length:
+        yield (
+            f"objective.prompt_tokens = {objective.prompt_tokens}: leaves nothing to write in rows of "
+            f"data.sequence_length = {length}; lower it or lengthen the rows"
+        )
+    if config.teacher.mode not in ("codistill", "frozen"):
+        yield (
+            f"objective.kind = on_policy: with teacher.mode = {config.teacher.mode} nothing can score what a student "
+            "writes; set teacher.mode to codistill or frozen"
+        )
+    if config.parallel.zero == 3 and config.parallel.expert_parallel > 1:
+        yield (
+            f"objective.kind = on_policy: parallel.zero = 3 with parallel.expert_parallel = "
+            f"{config.parallel.expert_parallel} keeps a student nowhere whole to write with; set one of them lower"
+        )
 
 
 def too_long(config: Config, name: str, source: str, longest: int) -> str:

@@ -196,6 +196,25 @@ class Loss(Section):
     """Tokens whose logits exist at one time; by default as many as make 8 MiB of them, 64 at least."""
 
 
+class Distil(Section):
+    kind: Literal["distil"]
+
+
+class OnPolicy(Section):
+    kind: Literal["on_policy"]
+    fraction: Fraction = 0.5
+    """Share of the micro-batches whose rows every student continues itself; the others are read as they are."""
+    prompt_tokens: int = Field(64, gt=0)
+    """First tokens of such a row that are kept; the student writes the rest."""
+    sample_temperature: float = Field(1.0, gt=0.0)
+    """Students sample from their distribution at this temperature."""
+    sample_rows: int | None = Field(None, gt=0)
+    """Rows a rank writes at one time, by default all of a step's; lower it when their key-value cache does not fit."""
+
+
+Objective = Annotated[Distil | OnPolicy, Field(discriminator="kind")]
+
+
 class Parallel(Section):
     zero: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
@@ -231,6 +250,8 @@ class Config(Section):
     optim: Optim = Optim()
     teacher: Teacher = Teacher()
     students: dict[Name, Student] = Field(min_length=1)
+    objective: Objective = Distil(kind="distil")
+    """`distil`: students read the corpus. `on_policy`: they also write, and the teacher scores what they wrote."""
     loss: Loss = Loss()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
