@@ -24,6 +24,9 @@ class SharedTokens:
     share: float
     """Of the teacher's tokens that the student has too."""
 
+    def to(self, device: torch.device) -> "SharedTokens":
+        return SharedTokens(self.student_M.to(device), self.teacher_M.to(device), self.share)
+
 
 @dataclass(frozen=True)
 class SpanTargets:
@@ -56,7 +59,7 @@ def shared_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
 
 
 def _by_meaning(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, int]:
-    """Bytes, or the name of a special token -> id; of several ids for the same bytes the last (single bytes come first)."""
+    """Bytes, or the name of a special token -> id; of several ids the last (byte tokens come first)."""
     meanings: dict[bytes | str, int] = {}
     for id, text in enumerate(token_bytes(tokenizer)):
         if text is not None:

@@ -32,10 +32,11 @@ def span_distillation(
 ) -> Distillation:
     """Sum over tokens of (1 - alpha) CE(label) + sum over spans of alpha L(span), / normalizer.
 
-    `outputs`: hidden_TH, or logits_TV with `head_VH` None. L is `merged_spans.merged_loss`; alpha is one number, one a
-    token (a span takes its first token's) or a function of the spans' statistics; a token in no span has alpha 0, and so
-    has a span with an ignored token. With both tokenizers the same, `spans` is `fused_linear_distillation`.
-    Statistics of a span stand at its first token; where there is no span the teacher's CE is taken to be the student's.
+    `outputs`: hidden_TH, or logits_TV with `head_VH` None. L is `merged_spans.merged_loss`, and `kd` of the statistics
+    its bound on the divergence. alpha is one number, one a token (a span takes its first token's) or a function of the
+    spans' statistics; it is 0 for a token in no span and for a span with an ignored token. With both tokenizers the
+    same, `spans` is `fused_linear_distillation`. Statistics of a span stand at its first token; a token in no span has
+    the student's CE as the teacher's.
     """
     job = _Job.of(labels_T, targets, kind, matched_weight, alpha, ignore_index, normalizer, chunk_tokens)
     loss, stats_ST = _SpanDistillation.apply(outputs, head_VH, job)
@@ -89,10 +90,8 @@ class _Job:
         if (self.span_T[rows] >= 0).any():
             soft, total = self._soften(log_q_CV, rows, stats, hard_C)
         total = total + ((1 - stats["alpha"]) * ce_C * valid_C).sum()
-        gradient_CV = log_q_CV.exp_()
-        gradient_CV.scatter_add_(1, labels_C[:, None], -torch.ones_like(ce_C)[:, None]).mul_(
-            (hard_C * valid_C)[:, None]
-        )
+        gradient_CV = log_q_CV.exp_().scatter_add_(1, labels_C[:, None], -torch.ones_like(ce_C)[:, None])
+        gradient_CV.mul_((hard_C * valid_C)[:, None])
         if soft is not None:
             gradient_CV.index_add_(0, *soft)
         return torch.stack([stats[name] for name in STATS]) * valid_C, total * self.scale, gradient_CV.mul_(self.scale)

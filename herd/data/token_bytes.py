@@ -29,8 +29,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         read = _read_sentencepiece
     else:
         raise DataError(
-            f"tokenizer {tokenizer.name_or_path}: its decoder ({', '.join(sorted(kinds)) or 'none'}) does not say which "
-            "bytes a token stands for; cross-tokenizer distillation reads byte-level and SentencePiece vocabularies"
+            f"tokenizer {tokenizer.name_or_path}: its decoder ({', '.join(sorted(kinds)) or 'none'}) does not say what "
+            "bytes a token stands for; byte-level and SentencePiece vocabularies can be read"
         )
     added = tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
