@@ -22,7 +22,10 @@ from teachers.alignment import ByteRanges
 
 @dataclass(frozen=True)
 class Translated:
-    """A row for the teacher, and where both sides' tokens lie in the row's bytes (a special token of both is a byte)."""
+    """A row for the teacher, and where both sides' tokens lie in the row's bytes.
+
+    A special token that both have counts as one byte, one that only one of them has as none.
+    """
 
     ids: NDArray[np.int64]
     teacher: ByteRanges

@@ -1,4 +1,9 @@
-"""Spans of the same bytes: their properties on any two cuts of any text. Run: pytest tests/teachers/test_alignment.py"""
+"""Spans of the same bytes: their properties on any two cuts of any text.
+
+pytest tests/teachers/test_alignment.py
+"""
+
+import itertools
 
 import numpy as np
 from hypothesis import given
@@ -34,7 +39,7 @@ def test_spans_are_the_smallest_pieces_that_both_sequences_cut_out(data, total):
             assert side.ends_L[edge] > side.starts_L[edge], "no empty token at an edge"
         pieces.append(piece)
     common = sorted(set(student.ends_L.tolist()) & set(teacher.ends_L.tolist()) | {0})
-    assert pieces == list(zip(common, common[1:], strict=False))
+    assert pieces == list(itertools.pairwise(common))
 
 
 def test_two_cuts_of_a_word_meet_at_their_common_boundaries():

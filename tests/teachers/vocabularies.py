@@ -3,6 +3,7 @@
 byte_level(300), byte_level(400, begin=None), sentencepiece(200)
 """
 
+import json
 import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -28,7 +29,8 @@ def byte_level(
         tokenizer.normalizer = normalizers.NFC()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
-    return _dress(tokenizer, trainer, begin, end, seed)
+    tokenizer.train_from_iterator([text(seed)], trainer)
+    return _wrap(tokenizer, begin, end)
 
 
 def sentencepiece(size: int, *, seed: int = 0) -> PreTrainedTokenizerFast:
@@ -43,18 +45,9 @@ def sentencepiece(size: int, *, seed: int = 0) -> PreTrainedTokenizerFast:
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=size + 257, show_progress=False, special_tokens=special)
     tokenizer.train_from_iterator([plain], trainer)
-    # The trainer has to be told of the byte tokens, the finished tokenizer has them as plain ones.
-    made = tokenizer.to_str()
-    import json
-
-    facts = json.loads(made)
-    facts["added_tokens"] = []
+    # The trainer takes the byte tokens as special ones; in the tokenizer they are plain.
+    facts = json.loads(tokenizer.to_str()) | {"added_tokens": []}
     return _wrap(Tokenizer.from_str(json.dumps(facts)), "<s>", "</s>")
-
-
-def _dress(tokenizer: Tokenizer, trainer: trainers.Trainer, begin: str | None, end: str, seed: int):
-    tokenizer.train_from_iterator([text(seed)], trainer)
-    return _wrap(tokenizer, begin, end)
 
 
 def _wrap(tokenizer: Tokenizer, begin: str | None, end: str) -> PreTrainedTokenizerFast:
