@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import weighting
 from distill.engine import Member, build_member
+from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
 from herd.data.batches import Batch, RowSource
 from herd.data.corpora import Corpus, open_corpus
@@ -28,6 +29,7 @@ from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, Teacher
 from teachers.frozen import FrozenTeacher
+from teachers.recorder import Recorder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -61,6 +63,13 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     teacher_model = None if config.teacher.mode == "none" else _open(config, "teacher", config.teacher, tokenizer)
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
+    features = {
+        name: build_features(
+            config.loss.features, model, teacher_model, name=name, seed=_seed(config, f"{name}.features")
+        )
+        for name, model in student_models.items()
+    }
+
     def member(name: str, model: PreTrainedModel, lr: float | None) -> Member:
         return build_member(
             name,
@@ -70,6 +79,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
             micro_rows=micro_rows,
             accumulation=accumulation,
             run_folder=run_folder,
+            features=features.get(name),
         )
 
     teacher: Member | FrozenTeacher | None = None
@@ -84,7 +94,16 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         )
         for name, model in student_models.items()
     }
-    return Assembly(Herd(config, teacher, pupils), tokenizer, corpus, rows, heldout, micro_rows)
+    herd = Herd(config, teacher, pupils, recorder=_recorder(teacher, [made for made in features.values() if made]))
+    return Assembly(herd, tokenizer, corpus, rows, heldout, micro_rows)
+
+
+def _recorder(teacher: Member | FrozenTeacher | None, features: list[FeatureLosses]) -> Recorder | None:
+    """Of what all students' feature losses look at in the teacher."""
+    if not features:
+        return None
+    model = teacher.learner.model if isinstance(teacher, Member) else teacher.model
+    return Recorder(model, set().union(*(losses.places(1) for losses in features)))
 
 
 def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBase:
@@ -111,8 +130,7 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         overrides=model.overrides,
         vocabulary=vocabulary,
         dtype=DTYPES[config.run.precision],
-        # A student's weights depend on its own name and the seed, so its control run starts from the same ones.
-        seed=config.run.seed * 1_000_003 + zlib.crc32(name.encode()),
+        seed=_seed(config, name),
     )
     text = opened.config.get_text_config()
     if not is_spec(model.source):
@@ -123,6 +141,11 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         return use_sparse_experts(opened)
     experts_divisible(opened.config, config.parallel.expert_parallel)
     return opened
+
+
+def _seed(config: Config, name: str) -> int:
+    """A student's weights depend on its own name and the run's seed, so its control run starts from the same ones."""
+    return config.run.seed * 1_000_003 + zlib.crc32(name.encode())
 
 
 def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:

@@ -21,6 +21,7 @@ def faults(config: Config) -> Iterator[str]:
             f"teacher.head_start = {config.teacher.head_start}: a {config.teacher.mode} teacher does not train; "
             "set it to 0, or teacher.mode to codistill"
         )
+    yield from _teaching_faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (
@@ -35,6 +36,24 @@ def faults(config: Config) -> Iterator[str]:
             f"use one of {_listed(_divisors(batch.rows))}"
         )
     yield from deepspeed_config.conflicts(config.deepspeed.extra)
+
+
+def _teaching_faults(config: Config) -> Iterator[str]:
+    """What a student cannot learn from this kind of teacher."""
+    loss, mode = config.loss, config.teacher.mode
+    if loss.features and mode not in ("codistill", "frozen"):
+        yield f"loss.features: needs a teacher that runs; set teacher.mode to codistill or frozen (it is {mode})"
+    for place, feature in enumerate(loss.features):
+        for name in sorted(set(feature.students or ()) - set(config.students)):
+            yield f"loss.features.{place}.students: no student is called {name}; there are {', '.join(config.students)}"
+    if loss.cross_tokenizer is None:
+        return
+    if mode != "frozen":
+        yield f"loss.cross_tokenizer: only a frozen teacher can have its own tokenizer; teacher.mode is {mode}"
+    if loss.features:
+        yield "loss.features: tokens of two tokenizers cannot be compared one by one; remove it or loss.cross_tokenizer"
+    if loss.temperature != 1.0:
+        yield f"loss.temperature = {loss.temperature:g}: must be 1 with loss.cross_tokenizer, whose spans are products"
 
 
 def too_long(config: Config, name: str, source: str, longest: int) -> str:
