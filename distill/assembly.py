@@ -30,6 +30,7 @@ from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, Teacher
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Recorder
+from teachers.translated import TranslatedTeacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -86,7 +87,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     if config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher.lr)
     elif config.teacher.mode == "frozen":
-        teacher = FrozenTeacher(use_sparse_experts(teacher_model))
+        teacher = _frozen(config, use_sparse_experts(teacher_model), tokenizer)
     pupils = {
         name: Pupil(
             member(name, model, config.students[name].lr),
@@ -107,9 +108,13 @@ def _recorder(teacher: Member | FrozenTeacher | None, features: list[FeatureLoss
 
 
 def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The configured tokenizer, else that of the first model that exists already, else one trained on the corpus."""
+    """The configured tokenizer, else that of the first model that exists already, else one trained on the corpus.
+
+    A teacher that may have its own (`loss.cross_tokenizer`) is not asked.
+    """
     if config.tokenizer.path is None:
-        existing = [] if config.teacher.mode == "none" else [config.teacher.source]
+        silent = config.teacher.mode == "none" or config.loss.cross_tokenizer is not None
+        existing = [] if silent else [config.teacher.source]
         existing += [student.source for student in config.students.values()]
         for source in existing:
             if not is_spec(source):
@@ -134,7 +139,8 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
     )
     text = opened.config.get_text_config()
     if not is_spec(model.source):
-        _check_tokenizer(name, model.source, tokenizer, rows=opened.get_input_embeddings().weight.shape[0])
+        rows = opened.get_input_embeddings().weight.shape[0]
+        _check_tokenizer(config, name, model.source, tokenizer, rows=rows)
     if config.data.sequence_length > text.max_position_embeddings:
         raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
     if config.parallel.expert_parallel == 1:
@@ -148,12 +154,26 @@ def _seed(config: Config, name: str) -> int:
     return config.run.seed * 1_000_003 + zlib.crc32(name.encode())
 
 
-def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
-    difference = describe_difference(tokenizer, load_tokenizer(source))
-    if difference is not None:
-        raise DataError(
-            f"{name}: the tokenizer of {source} differs from the run's: {difference}; all must share one: "
-            "set tokenizer.path to the teacher's folder, or choose a teacher and students that share one"
+def _frozen(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FrozenTeacher:
+    """The frozen teacher, reading the students' tokens or, with `loss.cross_tokenizer`, their text."""
+    if config.loss.cross_tokenizer is None:
+        return FrozenTeacher(model)
+    if is_spec(config.teacher.source):
+        raise ConfigError(
+            f"loss.cross_tokenizer: teacher.source = {config.teacher.source} is built for this run and has no "
+            "tokenizer of its own; name a model folder or hub id, or leave cross_tokenizer out"
         )
-    if rows < len(tokenizer):
-        raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(tokenizer)}")
+    return TranslatedTeacher(model, student=tokenizer, teacher=load_tokenizer(config.teacher.source))
+
+
+def _check_tokenizer(config: Config, name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
+    own = load_tokenizer(source)
+    difference = describe_difference(tokenizer, own)
+    if difference is not None and (name != "teacher" or config.loss.cross_tokenizer is None):
+        raise DataError(
+            f"{name}: the tokenizer of {source} differs from the run's: {difference}; set tokenizer.path to the "
+            "teacher's folder, or choose a teacher and students that share one, or let a frozen teacher keep its own: "
+            "loss.cross_tokenizer={kind: spans}"
+        )
+    if rows < len(own):
+        raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(own)}")

@@ -21,6 +21,7 @@ from distill.features import Lesson
 from distill.learner import FusedLoss
 from distill.losses import Distillation, distillation_from_logits, fused_linear_distillation
 from distill.losses.kernel import Alpha
+from distill.losses.spans import span_distillation
 from distill.schedule import learning_rate
 from distill.tally import Tally
 from herd.data.batches import Batch
@@ -30,6 +31,7 @@ from herd.run.errors import NumericalError
 from herd.run.schema import Config
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Place, Recorder
+from teachers.spans import SpanTargets
 from teachers.targets import SoftTargets
 
 MEND = (
@@ -133,7 +135,7 @@ class Herd:
         tallies: dict[str, Tally],
         scale: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha,
         taught: dict[Place, torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -159,17 +161,20 @@ class Herd:
         member: Member,
         labels_T: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha = 0.0,
         normalizer: torch.Tensor | None = None,
     ) -> FusedLoss:
         """The loss this model's head computes, as a function of its input."""
         settings = {
             "alpha": alpha,
-            "temperature": self.config.loss.temperature,
             "normalizer": normalizer,
             "chunk_tokens": self.config.loss.chunk_tokens,
         }
+        if isinstance(targets, SpanTargets):
+            comparison = self.config.loss.cross_tokenizer.model_dump()
+            return partial(span_distillation, labels_T=labels_T, targets=targets, **comparison, **settings)
+        settings["temperature"] = self.config.loss.temperature
 
         def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
             if head_VH is None:

@@ -18,6 +18,7 @@ from tests.teachers.vocabularies import byte_level, sentencepiece, text
 
 MAKERS = {
     "larger": lambda: byte_level(420, seed=1),
+    "other": lambda: byte_level(420, backwards=True),
     "normalising": lambda: byte_level(360, seed=2, nfc=True),
     "one-mark": lambda: byte_level(340, seed=3, begin=None, end="<|endoftext|>"),
     "sentencepiece": lambda: sentencepiece(120, seed=4),

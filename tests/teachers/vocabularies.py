@@ -19,9 +19,18 @@ def text(seed: int, words: int = 400) -> str:
 
 
 def byte_level(
-    size: int, *, begin: str | None = "<begin>", end: str = "<end>", seed: int = 0, nfc: bool = False
+    size: int,
+    *,
+    begin: str | None = "<begin>",
+    end: str = "<end>",
+    seed: int = 0,
+    nfc: bool = False,
+    backwards: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Llama 3 and 4 have; with `nfc` it normalises, as Qwen does."""
+    """Byte-level BPE, as Llama 3 and 4 have; with `nfc` it normalises, as Qwen does.
+
+    One that learnt from the text `backwards` has hardly any merge of the others.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +38,7 @@ def byte_level(
         tokenizer.normalizer = normalizers.NFC()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([text(seed)], trainer)
+    tokenizer.train_from_iterator([text(seed)[::-1] if backwards else text(seed)], trainer)
     return _wrap(tokenizer, begin, end)
 
 
