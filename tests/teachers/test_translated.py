@@ -26,7 +26,7 @@ def teacher(request):
     return byte_level(420, backwards=True) if request.param == "byte-level" else sentencepiece(120, seed=2)
 
 
-def small_model(tokenizer, *, longest=256):
+def small_model(tokenizer, *, longest=1024):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=longest)
@@ -44,14 +44,14 @@ def documents(tokenizer, *seeds, words=6):
 
 def test_distributions_and_probabilities_are_those_of_the_teachers_own_forward(student, teacher):
     model = small_model(teacher)
-    rows = documents(student, 1, 2)
+    rows = documents(student, 1, 2, words=30)
     length = max(len(row) for row in rows)
     padded = [torch.cat((row, row[-1].expand(length - len(row)))) for row in rows]
     targets = TranslatedTeacher(model, student=student, teacher=teacher).targets(torch.stack(padded))
     ours, theirs = token_bytes(student), token_bytes(teacher)
     bytes_of = lambda ids, parts: b"".join(parts[id] or b"" for id in ids.tolist()).lstrip(b" ")  # noqa: E731
     for place, row in enumerate(rows):
-        (own,) = documents(teacher, place + 1)
+        (own,) = documents(teacher, place + 1, words=30)
         log_p = model(input_ids=own[None]).logits[0].log_softmax(-1)
         reached = {bytes_of(own[:end], theirs): end for end in range(1, len(own))}
         spans_T = targets.span_T[place * length : place * length + len(row) - 1]
