@@ -119,12 +119,8 @@ class Herd:
             for name, pupil in self.pupils.items():
                 if name in active:
                     started = time.perf_counter()
-                    self._learn(
-                        *(name, active, batch, tallies, scale),
-                        targets=soft,
-                        alpha=pupil.weighting.alpha,
-                        taught=taught,
-                    )
+                    alpha = pupil.weighting.alpha
+                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=alpha, taught=taught)
                     self.seconds[name] += time.perf_counter() - started
 
     def _learn(
@@ -142,7 +138,7 @@ class Herd:
         """Forward and backward of one model on one micro-batch; returns its detached outputs."""
         member, labels_T = active[name], batch.labels_BT.flatten()
         loss_of = self.loss_of(member, labels_T, targets=targets, alpha=alpha, normalizer=scale)
-        lesson = None if not member.feature_names else Lesson(taught, batch.labels_BT != -100, scale)
+        lesson = Lesson(taught, batch.labels_BT != -100, scale) if member.feature_names else None
         loss, stats_ST, _, outputs, *sums_N = member.engine(batch.input_ids_BT, loss_of=loss_of, lesson=lesson)
         routing = member.tap.take()
         total = loss
@@ -152,8 +148,8 @@ class Herd:
             total = loss + self.config.loss.balance * balance
         member.engine.backward(total)
         tallies[name].add(stats_ST, labels_T != -100, routing)
-        for sums in sums_N:
-            tallies[name].add_features(sums)
+        if lesson is not None:
+            tallies[name].add_features(*sums_N)
         return outputs
 
     def loss_of(
