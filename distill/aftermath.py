@@ -89,7 +89,10 @@ def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracke
 
 
 def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[evals.Result]:
-    """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows."""
+    """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows.
+
+    A teacher with a tokenizer of its own is scored on rows of its own, and bits per byte compare it with the students.
+    """
     teacher = teacher_folder(config, run_folder)
     students = [run_folder / "students" / name for name in config.students]
     settings = {
@@ -99,7 +102,10 @@ def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], pr
     }
     results = []
     reference = None
-    if teacher is not None:
+    if teacher is not None and config.loss.cross_tokenizer is not None:
+        own = evals.rows_from(config.data, teacher, rows=config.data.heldout_rows)
+        results.append(evals.evaluate(teacher, **settings | {"rows": own}))
+    elif teacher is not None:
         results.append(evals.evaluate(teacher, **settings))
         reference = evals.load(teacher)
     results += [evals.evaluate(student, against=reference, **settings) for student in students]

@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.features import FeatureLosses
 from distill.learner import Learner, parameter_groups
 from distill.shells import filled, shell_of
 from herd.llama4 import expert_parallel
@@ -29,6 +30,7 @@ from herd.llama4.balance import RouterTap
 from herd.llama4.model import restore_rope
 from herd.run import deepspeed_config, files, ranks
 from herd.run.schema import Config, OnPolicy
+from teachers.recorder import Recorder
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -73,6 +75,11 @@ class Member:
         """Experts a token meets; 1 for a model without experts."""
         return self.learner.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
 
+    @property
+    def feature_names(self) -> list[str]:
+        """Of its feature losses, in their order."""
+        return self.learner.features.names if self.learner.features else []
+
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -102,7 +109,9 @@ class Member:
         """Write a plain HF folder, atomically; a collective call, rank 0 writes."""
         state = expert_parallel.full_state_dict(self.engine)
         if ranks.is_main():
-            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            # What the learner has besides the model (projections of feature losses) serves training only.
+            inside = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+            state = {name.removeprefix("model."): tensor for name, tensor in inside.items()}
             write_model_folder(folder, self.learner.config, state, tokenizer)
         ranks.barrier()
 
@@ -116,8 +125,12 @@ def build_member(
     micro_rows: int,
     accumulation: int,
     run_folder: Path,
+    features: FeatureLosses | None = None,
 ) -> Member:
-    """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run."""
+    """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run.
+
+    `features` train with it, in the same engine.
+    """
     settings = deepspeed_config.build(
         config,
         model_name=name,
@@ -132,7 +145,7 @@ def build_member(
     expert_parallel.install_preset()
     writes = isinstance(config.objective, OnPolicy) and name != "teacher"
     shell = shell_of(model) if writes and config.parallel.zero == 3 else None
-    learner = Learner(model)
+    learner = Learner(model, features)
     engine, *_ = deepspeed.initialize(
         model=learner,
         model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),
@@ -140,6 +153,8 @@ def build_member(
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
     restore_rope(learner)
+    if features is not None:
+        learner.recorder = Recorder(model, features.places(0))
     return Member(name, learner, engine, RouterTap(learner), lr, shell)
 
 

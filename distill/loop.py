@@ -114,9 +114,7 @@ class Loop:
     def _score(self, model: Member | FrozenTeacher, batch: Batch) -> tuple[float, int]:
         labels_T = batch.labels_BT.flatten()
         if isinstance(model, FrozenTeacher):
-            logits_TV = model.targets(batch.input_ids_BT).logits(slice(0, len(labels_T))).float()
-            loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
-            return loss.item(), int((labels_T != -100).sum())
+            return model.score(batch.input_ids_BT, labels_T)
         model.engine.eval()
         loss_of = self.herd.loss_of(model, labels_T, targets=None)
         _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)

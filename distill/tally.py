@@ -2,10 +2,10 @@
 
     tally.add(stats_ST, valid_T, routing); Tally.reduce(tallies); tally.metrics("student/scout", with_targets=True)
 
-Shapes: S statistics of distill.losses.kernel.STATS, T tokens, L MoE layers, E experts.
+Shapes: S statistics of distill.losses.kernel.STATS, T tokens, L MoE layers, E experts, N feature losses.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -20,10 +20,12 @@ HISTOGRAM_BINS = 10
 class Tally:
     """Nothing is read back to Python until the step is over, so no micro-batch waits for a number."""
 
-    def __init__(self, top_k: int) -> None:
+    def __init__(self, top_k: int, feature_names: Sequence[str] = ()) -> None:
         self._sums = torch.zeros(len(STATS) + 1, dtype=torch.float64)
         self._alphas = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
         self._balance = torch.zeros(2, dtype=torch.float64)
+        self._feature_names = feature_names
+        self._features = torch.zeros(len(feature_names), dtype=torch.float64)
         self._load = ExpertLoad(top_k)
 
     def add(self, stats_ST: torch.Tensor, valid_T: torch.Tensor, routing: list[torch.Tensor]) -> None:
@@ -46,6 +48,10 @@ class Tally:
         other._load = self._load
         return other
 
+    def add_features(self, sums_N: torch.Tensor) -> None:
+        """Add one micro-batch's feature losses, each summed over its tokens."""
+        self._features += sums_N.double().cpu()
+
     @staticmethod
     def reduce(tallies: Iterable["Tally"]) -> None:
         """Sum all of them over ranks, in one collective."""
@@ -55,10 +61,10 @@ class Tally:
             part.copy_(values.view_as(part))
 
     def _parts(self) -> list[torch.Tensor]:
-        return [self._sums, self._alphas, self._balance]
+        return [self._sums, self._alphas, self._balance, self._features]
 
     def is_finite(self) -> bool:
-        return bool(self._sums.isfinite().all() and self._balance.isfinite().all())
+        return all(bool(sums.isfinite().all()) for sums in (self._sums, self._balance, self._features))
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +87,8 @@ class Tally:
         out: dict[str, float | list] = {f"{label}/ce": self.mean("ce")}
         if self._balance[1] > 0:
             out[f"{label}/balance"] = (self._balance[0] / self._balance[1]).item()
+        means_N = (self._features / self._sums[-1].clamp_min(1)).tolist()
+        out |= {f"{label}/features/{name}": mean for name, mean in zip(self._feature_names, means_N, strict=True)}
         if with_targets:
             out |= {f"{label}/{stat}": self.mean(stat) for stat in ("kd", "alpha", "teacher_entropy")}
             out[f"{label}/alpha_histogram"] = (self._alphas / self._alphas.sum().clamp_min(1)).tolist()

@@ -39,6 +39,6 @@ class HeadGradient:
             torch.mm(gradient_GV[:, rows].T, hidden_GH, out=product_NH)
             self._sum_VH[rows].add_(wide_NH.copy_(product_NH))
 
-    def take(self, scale: torch.Tensor) -> torch.Tensor:
+    def take(self, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
         """The sum times a scale, in the head's own precision."""
         return self._sum_VH.mul_(scale).to(self._dtype)

@@ -17,8 +17,10 @@ import torch
 
 from distill import weighting
 from distill.engine import Member
+from distill.features import Lesson
 from distill.learner import FusedLoss
 from distill.losses import Alpha, Distillation, distillation_from_logits, fused_linear_distillation
+from distill.losses.spans import span_distillation
 from distill.schedule import learning_rate
 from distill.tally import Tally
 from herd.data.batches import Batch
@@ -27,6 +29,8 @@ from herd.run import ranks
 from herd.run.errors import NumericalError
 from herd.run.schema import Config
 from teachers.frozen import FrozenTeacher
+from teachers.recorder import Place, Recorder
+from teachers.spans import SpanTargets
 from teachers.targets import SoftTargets
 
 MEND = (
@@ -50,6 +54,8 @@ class Herd:
     config: Config
     teacher: Member | FrozenTeacher | None
     pupils: dict[str, Pupil]
+    recorder: Recorder | None = None
+    """Of what students' feature losses compare with; None without such losses."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds each part of the last step took."""
 
@@ -70,7 +76,7 @@ class Herd:
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
         """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
         active = self._active(step)
-        tallies = {name: Tally(member.top_k) for name, member in active.items()}
+        tallies = {name: Tally(member.top_k, member.feature_names) for name, member in active.items()}
         scale = self._normalizer(batches)
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
         for index, batch in enumerate(batches):
@@ -103,19 +109,21 @@ class Herd:
     ) -> None:
         started = time.perf_counter()
         targets, whole_head = None, nullcontext()
-        if isinstance(self.teacher, Member):
-            outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
-            targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
-        elif self.teacher is not None:
-            frozen = self.teacher.targets(batch.input_ids_BT)
-            targets = lambda: frozen  # noqa: E731
+        with nullcontext() if self.recorder is None else self.recorder.recording(detached=True) as taught:
+            if isinstance(self.teacher, Member):
+                outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
+                targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
+            elif self.teacher is not None:
+                frozen = self.teacher.targets(batch.input_ids_BT)
+                targets = lambda: frozen  # noqa: E731
         self.seconds["teacher"] += time.perf_counter() - started
         with whole_head:
             soft = None if targets is None else targets()
             for name, pupil in self.pupils.items():
                 if name in active:
                     started = time.perf_counter()
-                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=pupil.weighting.alpha)
+                    alpha = pupil.weighting.alpha
+                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=alpha, taught=taught)
                     self.seconds[name] += time.perf_counter() - started
 
     def _learn(
@@ -126,13 +134,15 @@ class Herd:
         tallies: dict[str, Tally],
         scale: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha,
+        taught: dict[Place, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Forward and backward of one model on one micro-batch; returns its detached outputs."""
         member, labels_T = active[name], batch.labels_BT.flatten()
         loss_of = self.loss_of(member, labels_T, targets=targets, alpha=alpha, normalizer=scale)
-        loss, stats_ST, _, outputs = member.engine(batch.input_ids_BT, loss_of=loss_of)
+        lesson = Lesson(taught, batch.labels_BT != -100, scale) if member.feature_names else None
+        loss, stats_ST, _, outputs, *sums_N = member.engine(batch.input_ids_BT, loss_of=loss_of, lesson=lesson)
         routing = member.tap.take()
         total = loss
         if routing and self.config.loss.balance > 0:
@@ -141,6 +151,8 @@ class Herd:
             total = loss + self.config.loss.balance * balance
         member.engine.backward(total)
         tallies[name].add(stats_ST, labels_T != -100, routing)
+        if lesson is not None:
+            tallies[name].add_features(*sums_N)
         return outputs
 
     def loss_of(
@@ -148,21 +160,22 @@ class Herd:
         member: Member,
         labels_T: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha = 0.0,
         normalizer: torch.Tensor | None = None,
     ) -> FusedLoss:
         """The loss this model's head computes, as a function of its input."""
         loss = self.config.loss
-        settings = {
-            "alpha": alpha,
+        settings = {"alpha": alpha, "normalizer": normalizer, "chunk_tokens": loss.chunk_tokens}
+        if isinstance(targets, SpanTargets):
+            comparison = loss.cross_tokenizer.model_dump()
+            return partial(span_distillation, labels_T=labels_T, targets=targets, **comparison, **settings)
+        settings |= {
             "temperature": loss.temperature,
             "divergence": loss.divergence,
             "parameter": loss.divergence_parameter,
             "label_smoothing": loss.label_smoothing,
             "z_loss": loss.z_loss,
-            "normalizer": normalizer,
-            "chunk_tokens": loss.chunk_tokens,
         }
 
         def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
@@ -210,6 +223,6 @@ class Herd:
                 f"teacher.source = {self.config.teacher.source}: its logits are not finite; {cause}. "
                 "Nothing was trained on them; choose another"
             )
-        cause = first_fault(member.learner.model, lambda batch: member.engine(batch.input_ids_BT), batches)
+        cause = first_fault(member.learner, lambda batch: member.engine(batch.input_ids_BT), batches)
         member.tap.take()
         return f"{name}: the loss of step {step + 1} is not finite; {cause}. {MEND}"

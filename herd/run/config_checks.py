@@ -31,6 +31,7 @@ def faults(config: Config) -> Iterator[str]:
                     f"{export_name(name, scheme)}; keep one"
                 )
     yield from _loss_faults(config)
+    yield from _teaching_faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (
@@ -72,11 +73,35 @@ def _on_policy_faults(config: Config, objective: OnPolicy) -> Iterator[str]:
             f"objective.kind = on_policy: with teacher.mode = {config.teacher.mode} nothing can score what a student "
             "writes; set teacher.mode to codistill or frozen"
         )
+    for field in ("features", "cross_tokenizer"):
+        if getattr(config.loss, field):
+            yield f"objective.kind = on_policy: loss.{field} compares read rows only; remove it, or the objective"
     if config.parallel.zero == 3 and config.parallel.expert_parallel > 1:
         yield (
             f"objective.kind = on_policy: parallel.zero = 3 with parallel.expert_parallel = "
             f"{config.parallel.expert_parallel} keeps a student nowhere whole to write with; set one of them lower"
         )
+
+
+def _teaching_faults(config: Config) -> Iterator[str]:
+    """What a student cannot learn from this kind of teacher."""
+    loss, mode = config.loss, config.teacher.mode
+    if loss.features and mode not in ("codistill", "frozen"):
+        yield f"loss.features: needs a teacher that runs; set teacher.mode to codistill or frozen (it is {mode})"
+    for place, feature in enumerate(loss.features):
+        for name in sorted(set(feature.students or ()) - set(config.students)):
+            yield f"loss.features.{place}.students: no student is called {name}; there are {', '.join(config.students)}"
+    if loss.cross_tokenizer is None:
+        return
+    if mode != "frozen":
+        yield f"loss.cross_tokenizer: only a frozen teacher can have its own tokenizer; teacher.mode is {mode}"
+    if loss.features:
+        yield "loss.features: tokens of two tokenizers cannot be compared one by one; remove it or loss.cross_tokenizer"
+    if loss.temperature != 1.0:
+        yield f"loss.temperature = {loss.temperature:g}: must be 1 with loss.cross_tokenizer, whose spans are products"
+    for field, plain in (("divergence", "forward_kl"), ("label_smoothing", 0.0), ("z_loss", 0.0)):
+        if getattr(loss, field) != plain:
+            yield f"loss.{field} = {getattr(loss, field)}: must be {plain} with loss.cross_tokenizer; leave it out"
 
 
 def too_long(config: Config, name: str, source: str, longest: int) -> str:

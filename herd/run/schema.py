@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -174,6 +175,67 @@ class LeadAlpha(Section):
 Weighting = Annotated[ConstantAlpha | ScheduledAlpha | LeadAlpha, Field(discriminator="kind")]
 
 
+LayerPairs = Annotated[list[tuple[Count, Count]], Field(min_length=1)]
+
+
+class HiddenFeature(Section):
+    kind: Literal["hidden"]
+    measure: Literal["mse", "normalised_mse", "cosine"] = "cosine"
+    """Distance between hidden states; a projection is learned where the widths differ."""
+    weight: float = Field(0.1, gt=0.0)
+    """Factor of this loss in the student's; it is a mean over tokens and layers."""
+    layers: LayerPairs | None = None
+    """Pairs [student layer, teacher layer], from 0; by default every student layer and the teacher's at its depth."""
+    students: list[Name] | None = Field(None, min_length=1)
+    """Who learns from it; by default every student."""
+
+
+class RelationFeature(Section):
+    kind: Literal["relations"]
+    of: list[Literal["q", "k", "v"]] = Field(["q", "k", "v"], min_length=1)
+    """Which relations between the tokens of a row are compared: among queries, keys, values."""
+    heads: int = Field(8, gt=0)
+    """Relation heads the vectors are cut into; must divide the widths of both models' projections."""
+    weight: float = Field(0.1, gt=0.0)
+    """As above."""
+    layers: LayerPairs | None = None
+    """As above."""
+    students: list[Name] | None = Field(None, min_length=1)
+    """As above."""
+
+
+class RouterFeature(Section):
+    kind: Literal["router"]
+    experts: list[Count] | None = Field(None, min_length=1)
+    """The student's expert for each of the teacher's; by default they are spread evenly, in order."""
+    learned: bool = False
+    """Let the map train, from `experts` or the even one."""
+    weight: float = Field(0.1, gt=0.0)
+    """As above."""
+    layers: LayerPairs | None = None
+    """As above; only layers with experts count."""
+    students: list[Name] | None = Field(None, min_length=1)
+    """As above."""
+
+
+Feature = Annotated[HiddenFeature | RelationFeature | RouterFeature, Field(discriminator="kind")]
+
+
+class SortedLoss(Section):
+    kind: Literal["uld"]
+    """Spans' distributions compared by their sorted masses, whatever the tokens mean."""
+
+
+class SpanLoss(Section):
+    kind: Literal["spans"]
+    """Divergence on the tokens both vocabularies have, sorted masses on the others."""
+    matched_weight: Fraction | None = None
+    """Weight of the tokens both have, the others get 1 - it; by default the share of the teacher's tokens that are."""
+
+
+CrossTokenizer = Annotated[SortedLoss | SpanLoss, Field(discriminator="kind")]
+
+
 class Loss(Section):
     weighting: Weighting = LeadAlpha(kind="lead")
     """How soft and hard targets are mixed."""
@@ -192,8 +254,12 @@ class Loss(Section):
     """Coefficient of the squared log sum exp of the student's logits."""
     balance: float = Field(0.01, ge=0.0)
     """Coefficient of the experts' load-balancing loss."""
+    features: list[Feature] = []
+    """What else of the teacher a student learns from: its hidden states, attention relations, routers."""
+    cross_tokenizer: CrossTokenizer | None = None
+    """For a frozen teacher with a tokenizer of its own: how what it says of the same bytes is compared."""
     chunk_tokens: int | None = Field(None, gt=0)
-    """Tokens whose logits exist at one time; by default as many as make 8 MiB of them, 64 at least."""
+    """Tokens whose logits exist at one time; by default as many as make 16 MiB of them, 64 at least."""
 
 
 class Distil(Section):

@@ -29,6 +29,10 @@ weightings = st.one_of(
 quantize = st.sampled_from(
     [[], ["int4"], ["fp8", "int4"], [{"scheme": "int4", "group_size": 32}, "fp8"], [{"scheme": "fp8"}]]
 )
+layers = st.none() | st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)).map(list), min_size=1, max_size=2)
+features = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["hidden", "relations", "router"])}, optional={"weight": positive, "layers": layers}
+)
 students = st.fixed_dictionaries(
     {"source": texts},
     optional={
@@ -48,7 +52,7 @@ trees = st.fixed_dictionaries(
     optional={
         "data": st.fixed_dictionaries({"source": texts, "subset": st.none() | texts}),
         "optim": st.fixed_dictionaries({"eps": positive, "weight_decay": positive}),
-        "loss": st.fixed_dictionaries({"weighting": weightings}),
+        "loss": st.fixed_dictionaries({"weighting": weightings, "features": st.lists(features, max_size=2)}),
     },
 )
 
@@ -95,11 +99,12 @@ def test_scalars_are_what_they_look_like(text: str, value: object) -> None:
     assert type(parsed) is type(value)
 
 
+TOLD_APART_BY_KIND = [("loss", "weighting"), ("loss", "cross_tokenizer")]
 real_paths = sorted(
     {
         path
         for path in config_faults.all_paths()
-        if len(str(path[-1])) > 2 and path[:2] != ("loss", "weighting") and (path[0] != "objective" or len(path) == 1)
+        if len(str(path[-1])) > 2 and path[:2] not in TOLD_APART_BY_KIND and (path[0] != "objective" or len(path) == 1)
     }
 )
 
@@ -369,3 +374,42 @@ def test_nothing_that_is_not_finite_survives_in_free_mappings(tmp_path: Path) ->
     assert math.isfinite(
         config.load(written(tmp_path), ["teacher.overrides.rope_theta=5e5"]).teacher.overrides["rope_theta"]
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.features=[{kind: hiden}]", r"loss\.features\.0\.kind = hiden: must be one of hidden, relations, router"),
+        ("loss.features=[{measure: mse}]", r"loss\.features\.0\.kind is missing: must be one of hidden, relations"),
+        ("loss.features=[{kind: hidden, mesure: mse}]", r"features\.0\.mesure: unknown; did you mean .*measure"),
+        ("loss.features=[{kind: hidden, measure: l2}]", r"features\.0\.measure = l2: must be 'mse', 'normalised_mse'"),
+        ("loss.features=[{kind: hidden, layers: [[0, -1]]}]", r"features\.0\.layers\.0\.1 = -1: must be 0 or more"),
+        ("loss.features=[{kind: relations, of: [q, o]}]", r"features\.0\.of\.1 = o: must be 'q', 'k' or 'v'"),
+        (
+            "loss.features=[{kind: hidden, students: [scot]}]",
+            r"features\.0\.students: no student is called scot; there",
+        ),
+        ("loss.cross_tokenizer={kind: gold}", r"loss\.cross_tokenizer\.kind = gold: must be one of uld, spans"),
+        ("loss.cross_tokenizer={kind: spans, matched_weight: 2}", r"matched_weight = 2: must be 1 or less"),
+        (
+            "loss.cross_tokenizer={kind: uld}",
+            r"only a frozen teacher can have its own tokenizer; teacher\.mode is codi",
+        ),
+    ],
+)
+def test_faults_of_feature_and_cross_tokenizer_losses_name_the_field(override, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load("configs/smoke.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.mode=none", "teacher.head_start=0", "loss.features=[{kind: hidden}]"], "needs a teacher that runs"),
+        (["loss.features=[{kind: hidden}]", "loss.cross_tokenizer={kind: spans}"], "cannot be compared one by one"),
+        (["loss.temperature=2", "loss.cross_tokenizer={kind: spans}"], r"loss\.temperature = 2: must be 1"),
+    ],
+)
+def test_losses_that_a_teacher_cannot_give_are_refused_together_with_the_mend(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load("configs/smoke.yaml", overrides)
