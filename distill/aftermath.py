@@ -14,6 +14,7 @@ import evals
 import quant
 from distill import run_record
 from distill.assembly import Assembly
+from distill.target_cache import trained_as
 from evals.footprint import count_parameters
 from evals.result import summary
 from herd import report
@@ -24,6 +25,7 @@ from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
 from quant.gate_process import GateProcess
+from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
 
@@ -45,6 +47,8 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
         "data_fingerprint": parts.corpus.fingerprint,
         "tokenizer_digest": tokenizer_digest(parts.tokenizer),
     }
+    if is_teacher and config.teacher.cache is not None:
+        facts[LINEAGE_KEY] = trained_as(config)
     lineage = write_lineage(folder, **facts)
     origin = {"licence": LICENCE} if is_spec(source) else {"base_model": source}
     # Counted in the files: under ZeRO-3 and expert parallelism a rank holds only parts of the parameters.

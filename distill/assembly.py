@@ -16,6 +16,7 @@ from distill.engine import Member, build_member
 from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
 from distill.objectives.on_policy import OnPolicyHerd
+from distill.target_cache import open_cached, open_writing
 from herd.data.batches import Batch, RowSource
 from herd.data.corpora import Corpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
@@ -29,6 +30,7 @@ from herd.run.config import split_batch
 from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, OnPolicy, Teacher
+from teachers.cached import CachedTeacher
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Recorder
 from teachers.translated import TranslatedTeacher
@@ -62,7 +64,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         rows_per_batch=micro_rows,
         corpus=corpus,
     )
-    teacher_model = None if config.teacher.mode == "none" else _open(config, "teacher", config.teacher, tokenizer)
+    teacher_model = _open(config, "teacher", config.teacher, tokenizer) if runs_a_teacher(config) else None
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
     features = {
@@ -84,11 +86,14 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
             features=features.get(name),
         )
 
-    teacher: Member | FrozenTeacher | None = None
+    vocabulary = None if teacher_model is None else teacher_model.config.get_text_config().vocab_size
+    teacher: Member | FrozenTeacher | CachedTeacher | None = None
     if config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher.lr)
     elif config.teacher.mode == "frozen":
         teacher = _frozen(config, use_sparse_experts(teacher_model), tokenizer)
+    elif config.teacher.mode == "cached":
+        teacher = open_cached(config, tokenizer, corpus, teacher_model)
     pupils = {
         name: Pupil(
             member(name, model, config.students[name].lr),
@@ -97,11 +102,19 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         for name, model in student_models.items()
     }
     recorder = _recorder(teacher, [made for made in features.values() if made])
+    writes = config.teacher.cache is not None and config.teacher.mode != "cached"
+    writing = open_writing(config, tokenizer, corpus, vocabulary) if writes else None
     if isinstance(config.objective, OnPolicy):
-        herd: Herd = OnPolicyHerd(config, teacher, pupils, recorder=recorder, vocabulary=len(tokenizer))
+        herd: Herd = OnPolicyHerd(config, teacher, pupils, recorder, writing, vocabulary=len(tokenizer))
     else:
-        herd = Herd(config, teacher, pupils, recorder=recorder)
+        herd = Herd(config, teacher, pupils, recorder, writing)
     return Assembly(herd, tokenizer, corpus, rows, heldout, micro_rows)
+
+
+def runs_a_teacher(config: Config) -> bool:
+    """Whether a teacher model is there at all: one read from a cache is not, unless it completes it."""
+    cached = config.teacher.mode == "cached"
+    return config.teacher.cache.missing == "forward" if cached else config.teacher.mode != "none"
 
 
 def _recorder(teacher: Member | FrozenTeacher | None, features: list[FeatureLosses]) -> Recorder | None:
@@ -118,7 +131,7 @@ def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBas
     A teacher that may have its own (`loss.cross_tokenizer`) is not asked.
     """
     if config.tokenizer.path is None:
-        silent = config.teacher.mode == "none" or config.loss.cross_tokenizer is not None
+        silent = config.teacher.mode in ("none", "cached") or config.loss.cross_tokenizer is not None
         existing = [] if silent else [config.teacher.source]
         existing += [student.source for student in config.students.values()]
         for source in existing:

@@ -40,7 +40,7 @@ class Loop:
     def __init__(self, parts: Assembly, config: Config, run_folder: Path, tracker: Tracker) -> None:
         self.parts, self.config, self.run_folder, self.tracker = parts, config, run_folder, tracker
         self.herd, self.position = parts.herd, Position()
-        names = (["teacher"] if self.herd.teacher is not None else []) + list(config.students)
+        names = (["teacher"] if isinstance(self.herd.teacher, Member | FrozenTeacher) else []) + list(config.students)
         roles = {name: "teacher" if name == "teacher" else "student" for name in names}
         self._children = {name: tracker.nested(name, role=role) for name, role in roles.items()}
         self._metrics_file = run_folder / "metrics.jsonl"

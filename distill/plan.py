@@ -50,7 +50,7 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
 def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
     """The plan of every model of the run, the teacher first."""
     micro_rows, accumulation = split_batch(config, world_size)
-    names = ([] if config.teacher.mode == "none" else ["teacher"]) + list(config.students)
+    names = (["teacher"] if config.teacher.mode in ("codistill", "frozen") else []) + list(config.students)
     plans = {}
     for name in names:
         source = _source(config, name)

@@ -90,6 +90,7 @@ def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path 
     tracker.dataset("train", source=config.data.source, digest=parts.corpus.fingerprint, context="training")
     loop = Loop(parts, config, folder, tracker)
     steps = loop.run(resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto")
+    parts.herd.close()
     _write_models(parts, config, folder, tracker)
     if ranks.is_main():
         run_record.mark(folder, "trained", again=steps > 0)

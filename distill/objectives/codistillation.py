@@ -28,6 +28,7 @@ from herd.llama4.balance import balance_loss
 from herd.run import ranks
 from herd.run.errors import NumericalError
 from herd.run.schema import Config
+from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Place, Recorder
 from teachers.spans import SpanTargets
@@ -52,12 +53,15 @@ class Herd:
     """Everything that learns or teaches in one run."""
 
     config: Config
-    teacher: Member | FrozenTeacher | None
+    teacher: Member | FrozenTeacher | CachedTeacher | None
     pupils: dict[str, Pupil]
     recorder: Recorder | None = None
     """Of what students' feature losses compare with; None without such losses."""
+    writing: WriteThrough | None = None
+    """Keeps the targets the teacher makes; None without a cache to write."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds each part of the last step took."""
+    _step: int = 0
 
     @property
     def head_start(self) -> int:
@@ -73,13 +77,22 @@ class Herd:
         students = {name: pupil.member for name, pupil in self.pupils.items()}
         return {"teacher": self.teacher, **students} if isinstance(self.teacher, Member) else students
 
+    def close(self) -> None:
+        """Seal the cache that was written, if one was."""
+        for part in (self.writing, self.teacher):
+            if isinstance(part, WriteThrough | CachedTeacher):
+                part.close()
+
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
         """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
         active = self._active(step)
         tallies = {name: Tally(member.top_k, member.feature_names) for name, member in active.items()}
         scale = self._normalizer(batches)
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
+        self._step = step
         for index, batch in enumerate(batches):
+            if isinstance(self.teacher, CachedTeacher) and index < len(batches) - 1:
+                self.teacher.prefetch(batches[index + 1])
             self._run_micro_batch(batch, active, tallies, scale)
             if index < len(batches) - 1:
                 for member in active.values():
@@ -113,12 +126,16 @@ class Herd:
             if isinstance(self.teacher, Member):
                 outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
                 targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
+            elif isinstance(self.teacher, CachedTeacher):
+                targets = partial(self.teacher.targets_of, batch)
             elif self.teacher is not None:
                 frozen = self.teacher.targets(batch.input_ids_BT)
                 targets = lambda: frozen  # noqa: E731
         self.seconds["teacher"] += time.perf_counter() - started
         with whole_head:
             soft = None if targets is None else targets()
+            if self.writing is not None and active.keys() & self.pupils.keys():
+                self.writing.keep(soft, batch, step=self._step + 1)
             for name, pupil in self.pupils.items():
                 if name in active:
                     started = time.perf_counter()

@@ -20,7 +20,7 @@ def faults(config: Config) -> Iterator[str]:
         yield f"students.{name}: this name is the teacher's; choose another"
     if config.teacher.head_start and config.teacher.mode != "codistill":
         none = "there is no teacher to give one (teacher.mode = none)"
-        cause = none if config.teacher.mode == "none" else "a frozen teacher does not train"
+        cause = none if config.teacher.mode == "none" else f"a {config.teacher.mode} teacher does not train"
         yield f"teacher.head_start = {config.teacher.head_start}: {cause}; set it to 0, or teacher.mode to codistill"
     for name, student in config.students.items():
         counts = Counter(quantize.scheme for quantize in student.quantize)
@@ -32,6 +32,7 @@ def faults(config: Config) -> Iterator[str]:
                 )
     yield from _loss_faults(config)
     yield from _teaching_faults(config)
+    yield from _cache_faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (
@@ -81,6 +82,20 @@ def _on_policy_faults(config: Config, objective: OnPolicy) -> Iterator[str]:
             f"objective.kind = on_policy: parallel.zero = 3 with parallel.expert_parallel = "
             f"{config.parallel.expert_parallel} keeps a student nowhere whole to write with; set one of them lower"
         )
+
+
+def _cache_faults(config: Config) -> Iterator[str]:
+    mode, cached = config.teacher.mode, config.teacher.cache
+    if mode == "cached" and cached is None:
+        yield "teacher.mode = cached: needs teacher.cache.path, the folder of a cache (python -m teachers cache --help)"
+    if cached is None:
+        return
+    if mode == "none":
+        yield "teacher.cache: there are no targets to write (teacher.mode = none); remove it or set mode to cached"
+    if mode != "cached" and cached.missing != "refuse":
+        yield f"teacher.cache.missing = {cached.missing}: only teacher.mode = cached reads; leave it out"
+    if config.loss.cross_tokenizer is not None:
+        yield "teacher.cache: spans of two tokenizers are not cached; remove it or loss.cross_tokenizer"
 
 
 def _teaching_faults(config: Config) -> Iterator[str]:

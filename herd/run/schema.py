@@ -103,10 +103,20 @@ class Model(Section):
     """Peak learning rate of this model, in place of `optim.lr`."""
 
 
+class TargetCache(Section):
+    path: Path
+    """Folder of the cache. `codistill` and `frozen` write through to it, `cached` reads it."""
+    codec: str = "head_and_tail=14"
+    """What is kept of a token in a cache this run makes: `head_and_tail=N`, `rs_kd=N` or `top_k=N` classes."""
+    missing: Literal["refuse", "hard", "forward"] = "refuse"
+    """Rows without a target (`cached`): `refuse` names the command that makes them, `hard` learns their labels alone,
+    `forward` has teacher.source make them and keeps them."""
+
+
 class Teacher(Section):
-    mode: Literal["codistill", "frozen", "none"] = "codistill"
+    mode: Literal["codistill", "frozen", "cached", "none"] = "codistill"
     """`codistill`: trains beside the students, its training forward is their target. `frozen`: only read.
-    `none`: the control, students learn from hard targets alone."""
+    `cached`: read from a cache of targets. `none`: the control, students learn from hard targets alone."""
     source: str = "behemoth-nano"
     """A spec, a model folder, or a hub id; a folder starts co-distillation from that checkpoint."""
     overrides: dict[str, Any] = {}
@@ -115,6 +125,8 @@ class Teacher(Section):
     """As a student's."""
     head_start: int = Field(0, ge=0)
     """Steps the teacher trains alone before the students start (`codistill` only)."""
+    cache: TargetCache | None = None
+    """Soft targets on disk, written or read."""
 
 
 class Quantize(Section):

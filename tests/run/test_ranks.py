@@ -71,7 +71,8 @@ total = torch.ones(1000)
 dist.all_reduce(total)
 ranks.barrier()
 name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
-mapped = {line.split("/dev/shm/")[1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if name in line}
+maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+mapped = {line.split("/dev/shm/")[1] for line in maps if name in line}
 print(total.sum().item(), len(mapped), list(pathlib.Path("/dev/shm").glob(name + "*")))
 os.kill(os.getpid(), 9)
 """
@@ -140,7 +141,12 @@ def test_the_old_handlers_come_back() -> None:
 
 
 def test_ranks_leave_no_shared_memory_behind_even_when_killed() -> None:
-    variables = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ranks.free_port()),
+    }
     children = [
         subprocess.Popen(
             [sys.executable, "-c", BUFFERS],
