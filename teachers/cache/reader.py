@@ -19,7 +19,7 @@ from teachers.cache import shards
 from teachers.cache.codecs import Kept, parse
 from teachers.cache.codecs.densify import moved, sparse_targets
 from teachers.cache.manifest import Manifest
-from teachers.cache.records import HEADER_BYTES, Header, hash_rows
+from teachers.cache.records import Header, hash_rows
 from teachers.cache.shards import Shard
 from teachers.targets import SparseTargets
 
@@ -97,6 +97,12 @@ class Reader:
 
     def kept(self, at: int, row_hash: int | None = None) -> Kept:
         """The row at a place of the index, checked; with `row_hash` that of its tokens too."""
+        identity = self.manifest.identity
+        payload = self.payload(at, row_hash)
+        return Kept.from_bytes(payload, num_tokens=identity.sequence_length, vocabulary=identity.vocabulary)
+
+    def payload(self, at: int, row_hash: int | None = None) -> memoryview:
+        """Its bytes as they were encoded, checked in the same way."""
         key, _, number, place = self._index_N[at].tolist()
         shard = self._shards[number]
         header = Header.read(shard.buffer, place)
@@ -108,13 +114,7 @@ class Reader:
                 f"cache {self.folder}: row {key} was made from other tokens than this run has under that key: the rows "
                 "are packed or cut differently; make a cache of this data with this tokenizer"
             )
-        identity = self.manifest.identity
-        return Kept.from_bytes(payload, num_tokens=identity.sequence_length, vocabulary=identity.vocabulary)
-
-    def record_bytes(self, at: int) -> int:
-        """Bytes of the row at a place of the index, header included."""
-        _, _, number, place = self._index_N[at].tolist()
-        return HEADER_BYTES + Header.read(self._shards[number].buffer, place).size
+        return payload
 
     def _find(self, keys_B: np.ndarray) -> np.ndarray:
         """Places in the index [B], -1 where a key is not in it."""
