@@ -10,6 +10,7 @@ from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
 WITH_PARAMETER = ("jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
+LEAST_PROBES = 8
 RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
 
 
@@ -30,6 +31,7 @@ def faults(config: Config) -> Iterator[str]:
         )
     if loss.divergence_parameter == 1 and loss.divergence.startswith("skew"):
         yield f"loss.divergence_parameter = 1: {loss.divergence} is zero everywhere at 1; use less"
+    yield from _weighting_faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (
@@ -44,6 +46,26 @@ def faults(config: Config) -> Iterator[str]:
             f"use one of {_listed(_divisors(batch.rows))}"
         )
     yield from deepspeed_config.conflicts(config.deepspeed.extra)
+
+
+def _weighting_faults(config: Config) -> Iterator[str]:
+    loss, run = config.loss, config.run
+    kind = loss.weighting.kind
+    if kind in ("calibration", "repair") and loss.temperature != 1:
+        yield (
+            f"loss.temperature = {loss.temperature:g}: loss.weighting.kind = {kind} compares the teacher's masses with "
+            "the labels, which a temperature changes; set it to 1, or choose another kind"
+        )
+    if kind == "calibration" and loss.weighting.reference == "student" and loss.divergence != "forward_kl":
+        yield (
+            f"loss.divergence = {loss.divergence}: loss.weighting.reference = student reads q - p off the gradient of "
+            "forward_kl; set that divergence, or loss.weighting.reference to teacher"
+        )
+    if kind == "slope" and not 0 < run.evaluate_every <= run.steps / LEAST_PROBES:
+        yield (
+            f"run.evaluate_every = {run.evaluate_every}: loss.weighting.kind = slope learns from held-out losses only; "
+            f"it must be more than 0 and at most run.steps / {LEAST_PROBES} = {run.steps // LEAST_PROBES}"
+        )
 
 
 def too_long(config: Config, name: str, source: str, longest: int) -> str:
