@@ -14,6 +14,8 @@ import torch
 
 from distill.assembly import Assembly
 from distill.engine import Member
+from distill.tally import HISTOGRAM_NAMES
+from distill.weighting import entropy_bins
 from herd.data.batches import Batch
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run.errors import Interrupted
@@ -23,6 +25,7 @@ from herd.run.tracking import Tracker
 from teachers.frozen import FrozenTeacher
 
 STATE_FILE = "loop.json"
+SPREAD = {"alpha_by_entropy": entropy_bins.NAMES, "alpha_histogram": HISTOGRAM_NAMES}
 
 
 @dataclass
@@ -86,7 +89,12 @@ class Loop:
         metrics["tokens_per_s"] = batch.rows * self.config.data.sequence_length / (time.perf_counter() - started)
         every = self.config.run.evaluate_every
         if every and (position.step % every == 0 or position.step == self.herd.total_steps):
-            metrics |= self.evaluate()
+            heldout = self.evaluate()
+            metrics |= heldout
+            own_steps = position.step - self.herd.head_start
+            if own_steps > 0:
+                for name, pupil in self.herd.pupils.items():
+                    pupil.weighting.see_heldout(own_steps, heldout[f"heldout/{name}"])
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -186,11 +194,17 @@ def headline(metrics: dict[str, float | list], students: dict) -> dict[str, floa
 
 
 def of_model(metrics: dict[str, float | list], name: str) -> dict[str, float]:
-    """One model's scalar metrics under the names its MLflow run shows: train/..., experts/..., heldout/loss."""
+    """One model's metrics under the names its MLflow run shows: train/..., experts/..., heldout/nats.
+
+    MLflow keeps scalars: of alpha's spread one a bin, `train/alpha_by_entropy/0.5-1`; other lists stay behind.
+    """
     prefix = "teacher/" if name == "teacher" else f"student/{name}/"
     renamed = {f"train/{key.removeprefix(prefix)}": v for key, v in metrics.items() if key.startswith(prefix)}
     experts = f"experts/{name}/"
     renamed |= {f"experts/{key.removeprefix(experts)}": v for key, v in metrics.items() if key.startswith(experts)}
     if f"heldout/{name}" in metrics:
         renamed["heldout/nats"] = metrics[f"heldout/{name}"]
+    for key, names in SPREAD.items():
+        values = renamed.pop(f"train/{key}", [])
+        renamed |= {f"train/{key}/{bin_name}": value for bin_name, value in zip(names, values, strict=False)}
     return {key: value for key, value in renamed.items() if isinstance(value, float)}

@@ -16,7 +16,10 @@ from distill.losses.token_stats import TokenStats
 from herd.run.errors import ConfigError
 from teachers.targets import SoftTargets, SparseTargets
 
-STATS = ("ce", "kd", "kl", "teacher_ce", "teacher_entropy", "alpha")
+ASKED = ("teacher_square", "soft_square", "hard_square", "cross")
+"""Statistics that cost a pass over the vocabulary: 0 unless the weight asked for them (TokenStats.asked)."""
+STATS = ("ce", "kd", "kl", "teacher_ce", "teacher_entropy", "alpha", "absent", *ASKED)
+"""`absent` is 1 where there should be a target and is none; what is said of the teacher is 0 there."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,25 @@ def mix_chunk(
     normalizer_C = highest_C - q_CV.amax(1).log()
     ce_C = normalizer_C - label_C
     hard_C = ce_C + terms.label_smoothing * (label_C - mean_C)
+    asked: dict[str, torch.Tensor] = {}
+    absent_C = _absent(teacher)
     if soft is None:
         alpha_C, kd_C, kl_C, entropy_C = (torch.zeros_like(ce_C) for _ in range(4))
     else:
         kd_C, kl_C = (x_C + normalizer_C if soft.mixes else x_C for x_C in (soft.value_C, soft.kl_C))
         entropy_C, products = soft.entropy_C, lambda: soft.products(q_CV, labels_C)
-        tokens = TokenStats(ce_C, teacher_ce_C, kl_C, entropy_C, soft.peak_C, soft.square, products)
-        alpha_C = _where_present(teacher, alpha(tokens))
+        tokens = TokenStats(
+            ce_C, teacher_ce_C, kl_C, entropy_C, soft.peak_C, q_CV.shape[1], soft.square, products, asked
+        )
+        alpha_C = alpha(tokens)
+        if absent_C is not None:
+            alpha_C = alpha_C.masked_fill(absent_C, 0.0)
     loss_C = (1 - alpha_C) * hard_C + alpha_C * terms.temperature**2 * kd_C
     if terms.z_loss:
         loss_C = loss_C + terms.z_loss * normalizer_C.square()
     _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, terms)
-    stats_SC = torch.stack((ce_C, kd_C, kl_C, teacher_ce_C, entropy_C, alpha_C))
+    known = {"ce": ce_C, "kd": kd_C, "kl": kl_C, "teacher_ce": teacher_ce_C, "teacher_entropy": entropy_C}
+    stats_SC = _listed(known | {"alpha": alpha_C} | asked, absent_C)
     return loss_C.masked_fill(~valid_C, 0.0), stats_SC.masked_fill_(~valid_C, 0.0)
 
 
@@ -105,10 +115,20 @@ def check_targets(targets: SoftTargets, terms: LossTerms) -> None:
         )
 
 
-def _where_present(teacher: torch.Tensor | SparseTargets, alpha_C: torch.Tensor) -> torch.Tensor:
+def _absent(teacher: torch.Tensor | SparseTargets | None) -> torch.Tensor | None:
+    """[C], true where a sparse target is missing; None where none can be."""
     if isinstance(teacher, SparseTargets) and teacher.present_T is not None:
-        return alpha_C.masked_fill(~teacher.present_T, 0.0)
-    return alpha_C
+        return ~teacher.present_T
+    return None
+
+
+def _listed(known: dict[str, torch.Tensor], absent_C: torch.Tensor | None) -> torch.Tensor:
+    """[S, C] in the order of STATS, 0 where nothing is known."""
+    stats_SC = torch.stack([known[name] if name in known else torch.zeros_like(known["ce"]) for name in STATS])
+    if absent_C is not None:
+        stats_SC[1:].masked_fill_(absent_C, 0.0)  # the student's own loss, the first row, needs no target
+        stats_SC[STATS.index("absent")] = absent_C
+    return stats_SC
 
 
 def _to_gradient(

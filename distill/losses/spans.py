@@ -128,8 +128,11 @@ class _Job:
         p_SW = log_p_SW.exp()
         student_ce_S, peak_S = stats["ce"][first_S] - q_later_S, p_SW.amax(1)
         square = partial(torch.linalg.vecdot, p_SW, p_SW)
-        spans = TokenStats(student_ce_S, teacher_ce_S, merged.kl_S, entropy_S, peak_S, square, _no_products)
+        vocabulary = log_q_CV.shape[1]
+        spans = TokenStats(student_ce_S, teacher_ce_S, merged.kl_S, entropy_S, peak_S, vocabulary, square, _no_products)
         alpha_S = self._alpha(spans, rows.start + first_S)
+        for name, value_S in spans.asked.items():
+            stats[name][first_S] = value_S
         stats["teacher_ce"][inside] = 0.0
         for name, value_S in (
             ("kd", merged.kl_S),

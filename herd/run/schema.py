@@ -8,17 +8,11 @@ Unknown keys are refused, nothing is changed after validation, no torch is impor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """A part of the tree: unknown keys fail, values are frozen, docs come from the strings below fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from herd.run.comparisons import CrossTokenizer, Feature
+from herd.run.section import Fraction, Name, Section
+from herd.run.weighting import LeadAlpha, Weighting
 
 
 class Run(Section):
@@ -143,109 +137,6 @@ def _scheme_alone(value: Any) -> Any:
 class Student(Model):
     quantize: list[Annotated[Quantize, BeforeValidator(_scheme_alone)]] = []
     """Compressed exports made of this student after training: `int4`, `fp8`, or a mapping."""
-
-
-class ConstantAlpha(Section):
-    kind: Literal["constant"]
-    alpha: Fraction = 0.5
-    """Weight of the soft target; the hard one has 1 - alpha."""
-
-
-class ScheduledAlpha(Section):
-    kind: Literal["schedule"]
-    shape: Literal["linear", "cosine", "staged"] = "linear"
-    start: Fraction = 0.0
-    end: Fraction = 0.9
-    begin: Fraction = 0.0
-    """Share of the steps after which the change begins."""
-    until: Fraction = 1.0
-    """Share of the steps after which it is complete; `staged` jumps there."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ScheduledAlpha":
-        if self.begin > self.until:
-            raise ValueError(f"begin = {self.begin} is after until = {self.until}; put them in order")
-        return self
-
-
-class LeadAlpha(Section):
-    kind: Literal["lead"]
-    peak: Fraction = 0.9
-    """Weight of the soft target where the teacher is far ahead."""
-    margin: Fraction = 0.06
-    """Lead, as a share of the run's steps, up to which the teacher is not listened to at all (the dead zone)."""
-    width: float = Field(0.06, gt=0.0)
-    """Lead beyond the margin over which the weight rises to its peak."""
-    doubt: float = Field(0.9, ge=0.0, lt=1.0)
-    """Trust up to which the teacher is not listened to; the weight rises to its peak at trust 1."""
-    noise: float = Field(0.05, ge=0.0)
-    """Nats of advantage that are taken for none."""
-    horizon: float = Field(0.05, gt=0.0, le=1.0)
-    """Share of the run's steps the running means reach back."""
-
-
-Weighting = Annotated[ConstantAlpha | ScheduledAlpha | LeadAlpha, Field(discriminator="kind")]
-
-
-LayerPairs = Annotated[list[tuple[Count, Count]], Field(min_length=1)]
-
-
-class HiddenFeature(Section):
-    kind: Literal["hidden"]
-    measure: Literal["mse", "normalised_mse", "cosine"] = "cosine"
-    """Distance between hidden states; a projection is learned where the widths differ."""
-    weight: float = Field(0.1, gt=0.0)
-    """Factor of this loss in the student's; it is a mean over tokens and layers."""
-    layers: LayerPairs | None = None
-    """Pairs [student layer, teacher layer], from 0; by default every student layer and the teacher's at its depth."""
-    students: list[Name] | None = Field(None, min_length=1)
-    """Who learns from it; by default every student."""
-
-
-class RelationFeature(Section):
-    kind: Literal["relations"]
-    of: list[Literal["q", "k", "v"]] = Field(["q", "k", "v"], min_length=1)
-    """Which relations between the tokens of a row are compared: among queries, keys, values."""
-    heads: int = Field(8, gt=0)
-    """Relation heads the vectors are cut into; must divide the widths of both models' projections."""
-    weight: float = Field(0.1, gt=0.0)
-    """As above."""
-    layers: LayerPairs | None = None
-    """As above."""
-    students: list[Name] | None = Field(None, min_length=1)
-    """As above."""
-
-
-class RouterFeature(Section):
-    kind: Literal["router"]
-    experts: list[Count] | None = Field(None, min_length=1)
-    """The student's expert for each of the teacher's; by default they are spread evenly, in order."""
-    learned: bool = False
-    """Let the map train, from `experts` or the even one."""
-    weight: float = Field(0.1, gt=0.0)
-    """As above."""
-    layers: LayerPairs | None = None
-    """As above; only layers with experts count."""
-    students: list[Name] | None = Field(None, min_length=1)
-    """As above."""
-
-
-Feature = Annotated[HiddenFeature | RelationFeature | RouterFeature, Field(discriminator="kind")]
-
-
-class SortedLoss(Section):
-    kind: Literal["uld"]
-    """Spans' distributions compared by their sorted masses, whatever the tokens mean."""
-
-
-class SpanLoss(Section):
-    kind: Literal["spans"]
-    """Divergence on the tokens both vocabularies have, sorted masses on the others."""
-    matched_weight: Fraction | None = None
-    """Weight of the tokens both have, the others get 1 - it; by default the share of the teacher's tokens that are."""
-
-
-CrossTokenizer = Annotated[SortedLoss | SpanLoss, Field(discriminator="kind")]
 
 
 class Loss(Section):

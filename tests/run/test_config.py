@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from herd.run import config, config_faults, config_text
 from herd.run.errors import USAGE, ConfigError
-from herd.run.schema import Config, LeadAlpha
+from herd.run.schema import Config
+from herd.run.weighting import LeadAlpha
 
 MINIMAL = "run: {name: try, steps: 10}\nstudents: {scout: {source: scout-nano}}\n"
 
@@ -25,6 +26,8 @@ weightings = st.one_of(
     st.fixed_dictionaries({"kind": st.just("constant")}, optional={"alpha": fractions}),
     st.fixed_dictionaries({"kind": st.just("schedule")}, optional={"shape": st.sampled_from(["linear", "staged"])}),
     st.fixed_dictionaries({"kind": st.just("lead")}, optional={"peak": fractions, "width": positive}),
+    st.fixed_dictionaries({"kind": st.just("confidence")}, optional={"measure": st.sampled_from(["peak", "entropy"])}),
+    st.fixed_dictionaries({"kind": st.just("gradients")}, optional={"rule": st.just("mgda"), "kappa": positive}),
 )
 quantize = st.sampled_from(
     [[], ["int4"], ["fp8", "int4"], [{"scheme": "int4", "group_size": 32}, "fp8"], [{"scheme": "fp8"}]]
@@ -174,6 +177,12 @@ def test_an_unknown_key_names_the_nearest_one_of_the_whole_tree(key: str, hint: 
         ("loss.weighting.kind=magic", "loss.weighting.kind = magic: must be one of constant, schedule, lead"),
         ("loss.weighting={kind: schedule, begin: 0.9, until: 0.1}",
          "loss.weighting: begin = 0.9 is after until = 0.1; put them in order"),
+        ("loss={weighting: {kind: calibration}, temperature: 2}",
+         "loss.temperature = 2: loss.weighting.kind = calibration compares the teacher's masses with the labels"),
+        ("loss={weighting: {kind: calibration}, divergence: tvd}", "loss.divergence = tvd: loss.weighting.reference"),
+        ("loss.weighting={kind: slope}", "run.evaluate_every = 100: loss.weighting.kind = slope learns from held-out"),
+        ("loss.weighting={kind: repair, margin: 1}", "loss.weighting.margin = 1: must be less than 1"),
+        ("loss.weighting={kind: gap, over: word}", "loss.weighting.over = word: must be 'token', 'step' or 'entropy'"),
         ("batch.micro_rows=3", "batch.micro_rows = 3: must divide batch.rows = 8 at any number of"),
         ("deepspeed.extra={1: 2}", "deepspeed.extra.1: a key must be text; quote it"),
     ],
