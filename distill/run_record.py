@@ -32,7 +32,7 @@ def begin(folder: Path, command: str) -> None:
 
 
 def mark(folder: Path, moment: Literal["trained", "finished"], *, again: bool = True) -> None:
-    """Note that the last step was taken and the models are written, or that everything is done, the report included.
+    """Note that the models are trained and written, or that all is done but the report, which shows this.
 
     `again` False keeps an earlier note: a run that was trained already is not trained once more.
     """

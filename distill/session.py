@@ -27,7 +27,8 @@ ELSEWHERE = "move the run to another disk (run.folder)"
 def run(config: Config, *, resume: str, command: str) -> None:
     """Train the herd this configuration describes, and everything after it; every rank calls this.
 
-    Raises ConfigError, DataError, NumericalError or Interrupted, with MLflow told how it ended.
+    Raises ConfigError, DataError, NumericalError, EnvironmentFault (DiskFull; the folder was deleted) or Interrupted,
+    with MLflow told how it ended.
     """
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing

@@ -20,7 +20,8 @@ from herd.run.command_line import command_line as command_line  # part of this m
 PACKAGE = "herd-workbench"
 UNEXPECTED, ABORTED = 1, 130  # a bug, with its traceback; Ctrl-C where nothing could be saved
 PLANNING = ("--world-size", "--mfu")  # mean something beside --dry-run only
-FOLLOWER_PAUSE_S = 3.0  # longer than the second in which launchers notice that a rank has gone
+MAIN_PAUSE_S = 3.0  # longer than the second in which launchers notice that a rank has gone
+FOLLOWER_PAUSE_S = 10.0  # longer than rank 0 is behind the others on a busy machine
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,7 +169,8 @@ def main_guard(body: Callable[[], None]) -> int:
         full = files.full_disk(error)
         if full is not None:
             return _leave(f"error: {full}", full.exit_code)
-        time.sleep(FOLLOWER_PAUSE_S if launcher.world_size() > 1 else 0.0)  # a rank with a cause to name leaves first
+        if launcher.world_size() > 1:  # a rank with a cause to name leaves first
+            time.sleep(MAIN_PAUSE_S if launcher.is_main() else FOLLOWER_PAUSE_S)
         trace = traceback.format_exc()
         if last_words.first(trace):
             print(trace, end="", file=sys.stderr, flush=True)

@@ -170,7 +170,7 @@ def full_disk(error: Exception, path: Path | None = None, *, needed: int | None 
     folder, free = _free(place)
     facts = [] if needed is None else [f"{size(needed)} to write"]
     if cause == NO_ROOM[errno.ENOSPC]:  # a quota or a limit is not what the disk has
-        facts.append(f"{size(free)} free at {folder}")
+        facts.append(f"{size(free)} free" + ("" if folder == place.absolute() else f" at {folder}"))
     shown = f" ({', '.join(facts)})" if facts else ""
     return DiskFull(f"cannot write {place}: {cause}{shown}; free some space there", place)
 

@@ -87,6 +87,6 @@ def _knock() -> str | None:
             return None
         except httpx.TimeoutException:
             return f"no answer in {constants.HF_HUB_ETAG_TIMEOUT} s"
-        except httpx.TransportError as error:
+        except Exception as error:  # of the client, a proxy, a store of certificates: each is the reason
             cause = str(error) or type(error).__name__
     return cause

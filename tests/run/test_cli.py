@@ -177,7 +177,7 @@ def test_another_rank_leaves_the_word_to_rank_0_and_speaks_only_if_it_is_still_t
 RANK = """
 import sys
 from herd.run import cli, errors
-cli.FOLLOWER_PAUSE_S = 0.0  # a launcher too slow to end the others in time
+cli.MAIN_PAUSE_S = cli.FOLLOWER_PAUSE_S = 0.0  # a launcher too slow to end the others in time
 def body():
     raise {"data": errors.DataError, "stop": errors.Interrupted, "bug": ZeroDivisionError}[sys.argv[1]](sys.argv[2])
 sys.exit(cli.main_guard(body))

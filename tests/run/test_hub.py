@@ -109,6 +109,16 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_reason(nobody: str) -> N
     assert "its cache does not hold this; on this machine: no such folder; connect (" in line
 
 
+@pytest.mark.parametrize("endpoint", ["no-scheme", "http://[bad", "ftp://127.0.0.1"])
+def test_an_address_that_is_none_is_a_reason_like_any_other(
+    endpoint: str, online: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hub, "SECOND_TRY_S", 0.1)
+    reason = hub.silence()
+    assert reason and "no answer in" not in reason
+
+
 def test_what_is_cached_is_read_and_other_faults_pass_when_the_hub_is_away(nobody: str) -> None:
     with hub.asked("model a/b", source="a/b"):
         pass
