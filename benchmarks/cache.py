@@ -93,6 +93,7 @@ class Measured:
     codec: str
     bytes_per_token: float
     squared_error: float
+    error_of_mean: float
     classes: float
     encode_per_second: float
     decode_per_second: float
@@ -118,25 +119,29 @@ def store(case: Case, codec: str, *, seed: int = 0) -> tuple[float, SparseTarget
     return size / case.num_tokens, targets, encoded - began, decoded - opened
 
 
-def squared_error(case: Case, ids_TK: torch.Tensor, probs_TK: torch.Tensor) -> float:
-    """Mean of ||t - p||^2 = ||t||^2 - 2 t.p + ||p||^2 over tokens."""
-    total = 0.0
+def errors(case: Case, ids_TK: torch.Tensor, probs_TK: torch.Tensor) -> tuple[float, float]:
+    """Mean over tokens of ||t - p||^2 = ||t||^2 - 2 t.p + ||p||^2, and ||mean over tokens of (t - p)||^2.
+
+    The second is what is left when errors average: for an unbiased target about the first over the number of tokens.
+    """
+    total, sum_V = 0.0, torch.zeros(case.vocabulary, dtype=torch.float64)
     for rows, p_CV in case.blocks():
-        t_CK = probs_TK[rows].double()
-        at_CK = p_CV.gather(1, ids_TK[rows].clamp_min(0))
-        total += float((t_CK**2 - 2 * t_CK * at_CK).sum() + (p_CV**2).sum())
-    return total / case.num_tokens
+        ids_CK, t_CK = ids_TK[rows].clamp_min(0), probs_TK[rows].double()
+        total += float((t_CK**2 - 2 * t_CK * p_CV.gather(1, ids_CK)).sum() + (p_CV**2).sum())
+        sum_V += torch.zeros_like(sum_V).scatter_add_(0, ids_CK.flatten(), t_CK.flatten()) - p_CV.sum(0)
+    return total / case.num_tokens, float(((sum_V / case.num_tokens) ** 2).sum())
 
 
 def measure(case: Case, codec: str, *, redraws: int) -> Measured:
     """Size and speed of one file, error over several."""
     drawn = [store(case, codec, seed=seed) for seed in range(redraws)]
-    errors = [squared_error(case, targets.ids_TK, targets.probs_TK) for _, targets, _, _ in drawn]
+    found = [errors(case, targets.ids_TK, targets.probs_TK) for _, targets, _, _ in drawn]
     size, targets, _, _ = drawn[0]
     return Measured(
         codec=codec,
         bytes_per_token=size,
-        squared_error=sum(errors) / redraws,
+        squared_error=sum(squared for squared, _ in found) / redraws,
+        error_of_mean=sum(of_mean for _, of_mean in found) / redraws,
         classes=float((targets.ids_TK >= 0).sum()) / case.num_tokens,
         encode_per_second=case.num_tokens / min(seconds for _, _, seconds, _ in drawn),
         decode_per_second=case.num_tokens / min(seconds for _, _, _, seconds in drawn),
@@ -208,7 +213,7 @@ def against_distillkit(case: Case, codec: DistillKit, *, redraws: int) -> dict[s
     for missing in ("zero", "symmetric_uniform"):
         parts = [codec.rebuilt(case.targets.logits(rows), missing=missing) for rows, _ in case.blocks()]
         ids_TK, probs_TK = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        out[f"squared_error_{missing}"] = squared_error(case, ids_TK, probs_TK)
+        out[f"squared_error_{missing}"], out[f"error_of_mean_{missing}"] = errors(case, ids_TK, probs_TK)
     largest = out["bytes_per_token"]
     size = smallest(cache_size(case, "head_and_tail"), largest + 1e-9) - 1  # never more bytes than it has
     ours = measure(case, f"head_and_tail={size}", redraws=redraws)
@@ -236,7 +241,9 @@ def run(case: Case, *, redraws: int) -> dict[str, Any]:
         print(
             f"  DistillKit {name:<11}      {line['bytes_per_token']:7.2f} B  {line['squared_error_zero']:.3e} (zero)"
             f" {line['squared_error_symmetric_uniform']:.3e} (uniform);"
-            f" {line['ours']['codec']} {line['ours']['bytes_per_token']:.2f} B {line['ours']['squared_error']:.3e}",
+            f" {line['ours']['codec']} {line['ours']['bytes_per_token']:.2f} B {line['ours']['squared_error']:.3e};"
+            f" of the mean {line['error_of_mean_zero']:.1e} {line['error_of_mean_symmetric_uniform']:.1e}"
+            f" {line['ours']['error_of_mean']:.1e}",
             flush=True,
         )
     return result

@@ -9,6 +9,7 @@ Suffix legend: C tokens of a chunk, V vocabulary, S spans of s neighbouring ids,
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from herd.run.errors import NumericalError
 
@@ -32,23 +33,19 @@ class Distributions:
     @classmethod
     def of(cls, logits_CV: torch.Tensor, labels_C: torch.Tensor, *, temperature: float) -> "Distributions":
         """Raises NumericalError naming the first token whose logits hold NaN or +infinity."""
-        count, vocabulary = logits_CV.shape
         logs_CV = torch.log_softmax(logits_CV.float(), dim=-1)
-        broken_C = logs_CV.amax(-1).isnan()
-        if bool(broken_C.any()):
-            at = int(broken_C.nonzero()[0, 0])
-            raise NumericalError(f"teacher logits of token {at} of the chunk are {_fault(logits_CV[at])}")
         label_C = logs_CV.gather(1, labels_C.clamp_min(0)[:, None])[:, 0]
         ce_C = torch.where(labels_C == IGNORED, 0.0, -label_C)
         if temperature != 1.0:
             logs_CV = torch.log_softmax(logits_CV.float() / temperature, dim=-1)
-        span = span_of(vocabulary)
-        probs_CV = logs_CV.new_zeros((count, -(-vocabulary // span) * span))
-        torch.exp(logs_CV, out=probs_CV[:, :vocabulary])
-        entropy_C = -torch.linalg.vecdot(probs_CV[:, :vocabulary], logs_CV)
+        probs_CV = logs_CV.exp()
+        entropy_C = -torch.linalg.vecdot(probs_CV, logs_CV)
         if bool(entropy_C.isnan().any()):
-            entropy_C = -torch.linalg.vecdot(probs_CV[:, :vocabulary], logs_CV.clamp_min(LOWEST))
-        probs_CSs = probs_CV.view(count, -1, span)
+            entropy_C = -torch.linalg.vecdot(probs_CV, logs_CV.clamp_min(LOWEST))  # masses of zero
+            _check(logits_CV, entropy_C)
+        vocabulary = logits_CV.shape[1]
+        span = span_of(vocabulary)
+        probs_CSs = nn.functional.pad(probs_CV, (0, -vocabulary % span)).unflatten(1, (-1, span))
         return cls(probs_CSs, probs_CSs.sum(-1).double(), entropy_C, ce_C)
 
     @property
@@ -97,7 +94,15 @@ def span_of(vocabulary: int) -> int:
     return 1 << max(2, ((vocabulary // 16).bit_length()) // 2)
 
 
-def _fault(logits_V: torch.Tensor) -> str:
+def _check(logits_CV: torch.Tensor, entropy_C: torch.Tensor) -> None:
+    """Raise NumericalError if an entropy is NaN, which it is exactly where the logits are no distribution."""
+    broken = entropy_C.isnan().nonzero()
+    if not len(broken):
+        return
+    at = int(broken[0, 0])
+    logits_V = logits_CV[at]
     if bool(logits_V.isnan().any()):
-        return f"NaN ({int(logits_V.isnan().sum())} of {len(logits_V)} classes)"
-    return "infinite" if bool((logits_V == torch.inf).any()) else "minus infinity for every class"
+        what = f"NaN ({int(logits_V.isnan().sum())} of {len(logits_V)} classes)"
+    else:
+        what = "infinite" if bool((logits_V == torch.inf).any()) else "minus infinity for every class"
+    raise NumericalError(f"teacher logits of token {at} of the block are {what}")

@@ -72,7 +72,7 @@ def encode_rows(
             try:
                 chunk = Distributions.of(logits_CV, labels_BT[row, start:stop], temperature=temperature)
             except NumericalError as fault:
-                raise NumericalError(f"row {row} (key {key}), tokens from {start} on: {fault}") from fault
+                raise NumericalError(f"row {row} (key {key}), block of tokens from {start}: {fault}") from fault
             entropies.append(chunk.entropy_C)
             ces.append(chunk.ce_C)
             places_C = np.arange(start, stop)
