@@ -49,7 +49,7 @@ class OnPolicyHerd(Herd):
             seed = (self.config.run.seed, step)
             written = choose_written(len(batches), self.config.objective.fraction, seed=seed)
             batches = self._continue(batches, written, seed)
-        return super().take_step(batches, step) | {"time/sampling_s": sum(self._sampling_s.values())}
+        return super().take_step(batches, step) | {"time/sampling_s": sum(self._sampling_s.values(), 0.0)}
 
     def _continue(self, batches: list[Batch], written: list[int], seed: tuple[int, ...]) -> list[Batch]:
         """Let every student write these micro-batches, all at one time: no weight moves before the step's end."""
