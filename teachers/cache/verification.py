@@ -3,7 +3,6 @@
 report = verify(path);  report.faults, report.rows
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +26,10 @@ class Verification:
     faults: list[str]
 
 
-def verify(folder: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+def verify(folder: Path) -> Verification:
     """Check every byte: starts, indices, digests of sealed shards, each record's checksums and its decoding.
 
-    Raises DataError only when cache.json itself cannot be read. `progress` is told rows done and in all.
+    Raises DataError only when cache.json itself cannot be read.
     """
     manifest = Manifest.read(folder)
     paths, faults, opened = shard_paths(folder), [], []
@@ -48,7 +47,6 @@ def verify(folder: Path, *, progress: Callable[[int, int], None] = lambda done, 
             reader.kept(at)
         except DataError as fault:
             faults.append(str(fault))
-        progress(at + 1, len(reader))
     return Verification(
         rows=len(reader),
         records=sum(len(shard.entries) for shard in opened),

@@ -28,7 +28,6 @@ class Options:
 
     model: str
     data: Data
-    data_given: bool
     out: Path
     part: str
     rows: int | None
@@ -93,7 +92,6 @@ def check(given: argparse.Namespace) -> Options:
     return Options(
         model=given.model,
         data=_data(given, known),
-        data_given=given.data is not None,
         out=given.out,
         part=given.part,
         rows=given.rows,

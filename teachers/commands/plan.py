@@ -22,10 +22,11 @@ from teachers.commands.sample import sample_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is asked before a start. Hours are of all ranks together, at `world_size` of them."""
+    """All that is asked before a start. Hours are of the clock, with all ranks at work."""
 
+    settings: dict[str, Any]
+    """What was chosen or taken from the model, the cache or the defaults."""
     vocabulary: int
-    codec: str
     tokens: int
     bytes_per_token: float
     bytes: int
@@ -50,8 +51,9 @@ class Plan:
         readers = f"{self.students} student{'s' if self.students > 1 else ''}, {self.epochs} epoch"
         readers += "s" if self.epochs > 1 else ""
         lines = [
+            *((name.replace("_", " "), str(value)) for name, value in self.settings.items()),
             ("tokens", f"{self.tokens:,} of a vocabulary of {self.vocabulary:,}"),
-            ("codec", f"{self.codec}: {self.bytes_per_token:.1f} bytes a token, container included (estimate)"),
+            ("bytes a token", f"{self.bytes_per_token:.1f}, container included (estimate)"),
             ("disk", f"{self.bytes / 1e9:,.3f} GB; dense bf16 would take {self.dense_bytes / 1e9:,.1f} GB"),
             ("teacher", f"{self.flops_per_token:.4g} FLOPs a token, {self.tokens_per_second:,.0f} tokens/s"),
             ("", self.speed_from),
@@ -85,9 +87,11 @@ def plan(options: Options) -> Plan:
     else:
         speed, source = options.tokens_per_second, "measured, as given"
     once = tokens / speed / 3600
+    chosen = ("model", "out", "part", "codec", "temperature", "seed")
+    data = {"data": options.data.source, "sequence_length": options.data.sequence_length}
     return Plan(
+        settings={name: str(getattr(options, name)) for name in chosen} | data,
         vocabulary=config.vocab_size,
-        codec=options.codec,
         tokens=tokens,
         bytes_per_token=per_token,
         bytes=round(per_token * tokens),

@@ -27,10 +27,6 @@ class Codec(Protocol):
     uniforms: int
     """Random numbers a token needs."""
 
-    def most_classes(self, vocabulary: int) -> int:
-        """K of the widest target it can make."""
-        ...
-
     def pick(self, chunk: Distributions, uniforms_CP: np.ndarray) -> Picks:
         """Choose the classes of a block of tokens; may use up the chunk."""
         ...

@@ -36,9 +36,6 @@ class HeadAndTail:
     tail: ClassVar[Tail] = "sampled"
     uniforms: ClassVar[int] = 2
 
-    def most_classes(self, vocabulary: int) -> int:
-        return min(vocabulary, SPREAD * self.size)
-
     def pick(self, chunk: Distributions, uniforms_CP: np.ndarray) -> Picks:
         """Choose for every token of a block."""
         device = chunk.mass_CS.device

@@ -26,9 +26,6 @@ class RandomSampling:
     def uniforms(self) -> int:
         return self.size
 
-    def most_classes(self, vocabulary: int) -> int:
-        return min(self.size, vocabulary)
-
     def pick(self, chunk: Distributions, uniforms_CP: np.ndarray) -> Picks:
         """Draw for every token."""
         ids_CN = chunk.at(torch.from_numpy(uniforms_CP).to(chunk.mass_CS.device)).sort(-1).values

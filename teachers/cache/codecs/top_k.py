@@ -27,9 +27,6 @@ class TopK:
     tail: ClassVar[Tail] = "bucket"
     uniforms: ClassVar[int] = 1
 
-    def most_classes(self, vocabulary: int) -> int:
-        return self.size
-
     def pick(self, chunk: Distributions, uniforms_CP: np.ndarray) -> Picks:
         """Keep the k largest classes of every token."""
         values_CK, ids_CK = chunk.largest(self.size)
