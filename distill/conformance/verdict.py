@@ -105,7 +105,7 @@ class Verdict:
         status = self.status.upper() if self.status == "failed" else self.status
         found = self.reason or str(self.comparison)
         if self.status == "passed":
-            found = f"{self.num_comparisons:4} comparisons, such as {found}"
+            found = f"{self.num_comparisons:4} hold, such as {found}"
         if self.status == "failed":
             seen = f"\n{'':34}seen in: {self.check.seen}" if self.check.seen else ""
             found = f"{self.check.asks}\n{'':34}{found}{seen}"
