@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from distill.features.losses import FeatureLosses, HiddenStates, Pair, Part, Relations, Routers
 from distill.losses.router import even_expert_map, listed_expert_map
-from herd.run import schema
+from herd.run import comparisons
 from herd.run.errors import ConfigError
 from teachers.recorder import Source, places_of
 
 
 def build_features(
-    settings: Sequence[schema.Feature], student: PreTrainedModel, teacher: PreTrainedModel, *, name: str, seed: int
+    settings: Sequence[comparisons.Feature], student: PreTrainedModel, teacher: PreTrainedModel, *, name: str, seed: int
 ) -> FeatureLosses | None:
     """The configured losses for the student called `name`; None if there are none.
 
@@ -55,7 +55,7 @@ class _Side:
         raise ConfigError(f"{field}: {self.name} ({self.type}) has no {what} in layer {layer}: {there}")
 
 
-def _build(settings: schema.Feature, field: str, student: _Side, teacher: _Side) -> Part:
+def _build(settings: comparisons.Feature, field: str, student: _Side, teacher: _Side) -> Part:
     kinds = {"hidden": ["hidden"], "router": ["router"]}.get(settings.kind) or settings.of
     pairs = settings.layers or list(_same_depth(field, kinds[0], student, teacher))
     sources = [
@@ -63,9 +63,9 @@ def _build(settings: schema.Feature, field: str, student: _Side, teacher: _Side)
         for pair in pairs
     ]
     match settings:
-        case schema.HiddenFeature():
+        case comparisons.HiddenFeature():
             return HiddenStates(settings, pairs, (student.width, teacher.width)).to(student.dtype)
-        case schema.RelationFeature():
+        case comparisons.RelationFeature():
             widths = {source.width for pair in sources for source in pair}
             uneven = sorted(width for width in widths if width % settings.heads)
             if uneven:
@@ -74,7 +74,7 @@ def _build(settings: schema.Feature, field: str, student: _Side, teacher: _Side)
                     f"{_listed(sorted(widths))}"
                 )
             return Relations(settings, pairs)
-        case schema.RouterFeature():
+        case comparisons.RouterFeature():
             return Routers(
                 settings, pairs, [_map(settings, field, ours.width, theirs.width) for ours, theirs in sources]
             )
@@ -88,7 +88,7 @@ def _same_depth(field: str, kind: str, student: _Side, teacher: _Side) -> Iterat
         yield layer, theirs[max(1, int(number * len(theirs) / len(ours) + 0.5)) - 1]
 
 
-def _map(settings: schema.RouterFeature, field: str, student_experts: int, teacher_experts: int) -> torch.Tensor:
+def _map(settings: comparisons.RouterFeature, field: str, student_experts: int, teacher_experts: int) -> torch.Tensor:
     if settings.experts is None:
         return even_expert_map(teacher_experts, student_experts)
     if len(settings.experts) != teacher_experts or max(settings.experts) >= student_experts:

@@ -14,7 +14,7 @@ from torch import nn
 from distill.losses.attention_relations import relation_divergence
 from distill.losses.hidden_states import hidden_state_distance
 from distill.losses.router import router_divergence
-from herd.run import schema
+from herd.run import comparisons
 from teachers.recorder import Place
 
 Pair = tuple[int, int]
@@ -38,7 +38,7 @@ class HiddenStates(nn.Module):
 
     kinds = ("hidden",)
 
-    def __init__(self, settings: schema.HiddenFeature, pairs: list[Pair], widths: tuple[int, int]) -> None:
+    def __init__(self, settings: comparisons.HiddenFeature, pairs: list[Pair], widths: tuple[int, int]) -> None:
         super().__init__()
         self.settings, self.pairs = settings, pairs
         same = widths[0] == widths[1]
@@ -55,7 +55,7 @@ class HiddenStates(nn.Module):
 class Relations(nn.Module):
     """Attention relations of queries, keys and values."""
 
-    def __init__(self, settings: schema.RelationFeature, pairs: list[Pair]) -> None:
+    def __init__(self, settings: comparisons.RelationFeature, pairs: list[Pair]) -> None:
         super().__init__()
         self.settings, self.pairs, self.kinds = settings, pairs, tuple(settings.of)
 
@@ -72,7 +72,7 @@ class Routers(nn.Module):
 
     kinds = ("router",)
 
-    def __init__(self, settings: schema.RouterFeature, pairs: list[Pair], maps: list[torch.Tensor]) -> None:
+    def __init__(self, settings: comparisons.RouterFeature, pairs: list[Pair], maps: list[torch.Tensor]) -> None:
         super().__init__()
         self.settings, self.pairs = settings, pairs
         self.maps = nn.ModuleList(MappedRouter(map_FE, learned=settings.learned) for map_FE in maps)

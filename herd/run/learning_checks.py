@@ -87,6 +87,12 @@ def _teaching_faults(config: Config) -> Iterator[str]:
     for field, plain in (("divergence", "forward_kl"), ("label_smoothing", 0.0), ("z_loss", 0.0)):
         if getattr(loss, field) != plain:
             yield f"loss.{field} = {getattr(loss, field)}: must be {plain} with loss.cross_tokenizer; leave it out"
+    weighting = loss.weighting
+    if weighting.kind == "gradients" or (weighting.kind == "calibration" and weighting.reference == "student"):
+        yield (
+            f"loss.weighting.kind = {weighting.kind}: reads the gradients of one token's logits, and a span with "
+            "loss.cross_tokenizer may have several tokens; choose another kind"
+        )
 
 
 def _weighting_faults(config: Config) -> Iterator[str]:

@@ -17,8 +17,8 @@ from distill.losses.hidden_states import hidden_state_distance
 from herd.llama4 import build, use_sparse_experts
 from herd.run import config as configuration
 from herd.run import ranks
+from herd.run.comparisons import HiddenFeature, RelationFeature, RouterFeature
 from herd.run.errors import ConfigError, NumericalError
-from herd.run.schema import HiddenFeature, RelationFeature, RouterFeature
 from herd.run.tracking import open_tracker
 from teachers.recorder import Recorder, places_of
 
