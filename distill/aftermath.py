@@ -12,16 +12,20 @@ import torch
 
 import evals
 import quant
+from distill import run_record
 from distill.assembly import Assembly
+from distill.target_cache import trained_as
 from evals.footprint import count_parameters
 from evals.result import summary
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
+from herd.run.config_checks import export_name
 from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
 from quant.gate_process import GateProcess
+from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
 
@@ -43,6 +47,8 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
         "data_fingerprint": parts.corpus.fingerprint,
         "tokenizer_digest": tokenizer_digest(parts.tokenizer),
     }
+    if is_teacher and config.teacher.cache is not None:
+        facts[LINEAGE_KEY] = trained_as(config)
     lineage = write_lineage(folder, **facts)
     origin = {"licence": LICENCE} if is_spec(source) else {"base_model": source}
     # Counted in the files: under ZeRO-3 and expert parallelism a rank holds only parts of the parameters.
@@ -63,6 +69,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     for result in results:
         register(result.entry(), config, tracker)
     print(f"\n{summary(results)}\n", flush=True)
+    run_record.mark(run_folder, "finished")  # before the report, which shows it
     page = report.write(run_folder)
     for path in (page, *sorted((run_folder / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
@@ -72,7 +79,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
 
 def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
-    name = f"{student}-{settings.scheme}"
+    name = export_name(student, settings.scheme)
     folder = run_folder / "exports" / name
     if not folder.exists():
         source = run_folder / "students" / student
@@ -86,7 +93,10 @@ def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracke
 
 
 def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[evals.Result]:
-    """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows."""
+    """Score teacher, students (against the teacher) and exports (against their student) on the same held-out rows.
+
+    A teacher with a tokenizer of its own is scored on rows of its own, and bits per byte compare it with the students.
+    """
     teacher = teacher_folder(config, run_folder)
     students = [run_folder / "students" / name for name in config.students]
     settings = {
@@ -96,7 +106,10 @@ def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], pr
     }
     results = []
     reference = None
-    if teacher is not None:
+    if teacher is not None and config.loss.cross_tokenizer is not None:
+        own = evals.rows_from(config.data, teacher, rows=config.data.heldout_rows)
+        results.append(evals.evaluate(teacher, **settings | {"rows": own}))
+    elif teacher is not None:
         results.append(evals.evaluate(teacher, **settings))
         reference = evals.load(teacher)
     results += [evals.evaluate(student, against=reference, **settings) for student in students]

@@ -13,7 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import weighting
 from distill.engine import Member, build_member
+from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
+from distill.objectives.on_policy import OnPolicyHerd
+from distill.target_cache import open_cached, open_writing
 from herd.data.batches import Batch, RowSource
 from herd.data.corpora import Corpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
@@ -26,8 +29,11 @@ from herd.run import ranks
 from herd.run.config import split_batch
 from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError, DataError
-from herd.run.schema import Config, Model, Teacher
+from herd.run.schema import Config, Model, OnPolicy, Teacher
+from teachers.cached import CachedTeacher
 from teachers.frozen import FrozenTeacher
+from teachers.recorder import Recorder
+from teachers.translated import TranslatedTeacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -58,8 +64,15 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         rows_per_batch=micro_rows,
         corpus=corpus,
     )
-    teacher_model = None if config.teacher.mode == "none" else _open(config, "teacher", config.teacher, tokenizer)
+    teacher_model = _open(config, "teacher", config.teacher, tokenizer) if runs_a_teacher(config) else None
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
+
+    features = {
+        name: build_features(
+            config.loss.features, model, teacher_model, name=name, seed=_seed(config, f"{name}.features")
+        )
+        for name, model in student_models.items()
+    }
 
     def member(name: str, model: PreTrainedModel, lr: float | None) -> Member:
         return build_member(
@@ -70,13 +83,17 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
             micro_rows=micro_rows,
             accumulation=accumulation,
             run_folder=run_folder,
+            features=features.get(name),
         )
 
-    teacher: Member | FrozenTeacher | None = None
+    vocabulary = None if teacher_model is None else teacher_model.config.get_text_config().vocab_size
+    teacher: Member | FrozenTeacher | CachedTeacher | None = None
     if config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher.lr)
     elif config.teacher.mode == "frozen":
-        teacher = FrozenTeacher(use_sparse_experts(teacher_model))
+        teacher = _frozen(config, use_sparse_experts(teacher_model), tokenizer)
+    elif config.teacher.mode == "cached":
+        teacher = open_cached(config, tokenizer, corpus, teacher_model)
     pupils = {
         name: Pupil(
             member(name, model, config.students[name].lr),
@@ -84,13 +101,38 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         )
         for name, model in student_models.items()
     }
-    return Assembly(Herd(config, teacher, pupils), tokenizer, corpus, rows, heldout, micro_rows)
+    recorder = _recorder(teacher, [made for made in features.values() if made])
+    writes = config.teacher.cache is not None and config.teacher.mode != "cached"
+    writing = open_writing(config, tokenizer, corpus, vocabulary) if writes else None
+    if isinstance(config.objective, OnPolicy):
+        herd: Herd = OnPolicyHerd(config, teacher, pupils, recorder, writing, vocabulary=len(tokenizer))
+    else:
+        herd = Herd(config, teacher, pupils, recorder, writing)
+    return Assembly(herd, tokenizer, corpus, rows, heldout, micro_rows)
+
+
+def runs_a_teacher(config: Config) -> bool:
+    """Whether a teacher model is there at all: one read from a cache is not, unless it completes it."""
+    cached = config.teacher.mode == "cached"
+    return config.teacher.cache.missing == "forward" if cached else config.teacher.mode != "none"
+
+
+def _recorder(teacher: Member | FrozenTeacher | None, features: list[FeatureLosses]) -> Recorder | None:
+    """Of what all students' feature losses look at in the teacher."""
+    if not features:
+        return None
+    model = teacher.learner.model if isinstance(teacher, Member) else teacher.model
+    return Recorder(model, set().union(*(losses.places(1) for losses in features)))
 
 
 def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The configured tokenizer, else that of the first model that exists already, else one trained on the corpus."""
+    """The configured tokenizer, else that of the first model that exists already, else one trained on the corpus.
+
+    A teacher that may have its own (`loss.cross_tokenizer`) is not asked.
+    """
     if config.tokenizer.path is None:
-        existing = [] if config.teacher.mode == "none" else [config.teacher.source]
+        silent = config.teacher.mode in ("none", "cached") or config.loss.cross_tokenizer is not None
+        existing = [] if silent else [config.teacher.source]
         existing += [student.source for student in config.students.values()]
         for source in existing:
             if not is_spec(source):
@@ -111,26 +153,45 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         overrides=model.overrides,
         vocabulary=vocabulary,
         dtype=DTYPES[config.run.precision],
-        # A student's weights depend on its own name and the seed, so its control run starts from the same ones.
-        seed=config.run.seed * 1_000_003 + zlib.crc32(name.encode()),
+        seed=_seed(config, name),
     )
     text = opened.config.get_text_config()
     if not is_spec(model.source):
-        _check_tokenizer(name, model.source, tokenizer, rows=opened.get_input_embeddings().weight.shape[0])
+        rows = opened.get_input_embeddings().weight.shape[0]
+        _check_tokenizer(config, name, model.source, tokenizer, rows=rows)
     if config.data.sequence_length > text.max_position_embeddings:
         raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
     if config.parallel.expert_parallel == 1:
         return use_sparse_experts(opened)
-    experts_divisible(opened.config, config.parallel.expert_parallel)
+    experts_divisible(opened.config, config.parallel.expert_parallel, model=f"{name} ({model.source})")
     return opened
 
 
-def _check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
-    difference = describe_difference(tokenizer, load_tokenizer(source))
-    if difference is not None:
-        raise DataError(
-            f"{name}: the tokenizer of {source} differs from the run's: {difference}; all must share one: "
-            "set tokenizer.path to the teacher's folder, or choose a teacher and students that share one"
+def _seed(config: Config, name: str) -> int:
+    """A student's weights depend on its own name and the run's seed, so its control run starts from the same ones."""
+    return config.run.seed * 1_000_003 + zlib.crc32(name.encode())
+
+
+def _frozen(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FrozenTeacher:
+    """The frozen teacher, reading the students' tokens or, with `loss.cross_tokenizer`, their text."""
+    if config.loss.cross_tokenizer is None:
+        return FrozenTeacher(model)
+    if is_spec(config.teacher.source):
+        raise ConfigError(
+            f"loss.cross_tokenizer: teacher.source = {config.teacher.source} is built for this run and has no "
+            "tokenizer of its own; name a model folder or hub id, or leave cross_tokenizer out"
         )
-    if rows < len(tokenizer):
-        raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(tokenizer)}")
+    return TranslatedTeacher(model, student=tokenizer, teacher=load_tokenizer(config.teacher.source))
+
+
+def _check_tokenizer(config: Config, name: str, source: str, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
+    own = load_tokenizer(source)
+    difference = describe_difference(tokenizer, own)
+    if difference is not None and (name != "teacher" or config.loss.cross_tokenizer is None):
+        raise DataError(
+            f"{name}: the tokenizer of {source} differs from the run's: {difference}; set tokenizer.path to the "
+            "teacher's folder, or choose a teacher and students that share one, or let a frozen teacher keep its own: "
+            "loss.cross_tokenizer={kind: spans}"
+        )
+    if rows < len(own):
+        raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(own)}")

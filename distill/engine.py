@@ -8,6 +8,8 @@ Several members live in one process and share its ranks.
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,12 +22,15 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.features import FeatureLosses
 from distill.learner import Learner, parameter_groups
+from distill.shells import filled, shell_of
 from herd.llama4 import expert_parallel
 from herd.llama4.balance import RouterTap
 from herd.llama4.model import restore_rope
 from herd.run import deepspeed_config, files, ranks
-from herd.run.schema import Config
+from herd.run.schema import Config, OnPolicy
+from teachers.recorder import Recorder
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -62,11 +67,18 @@ class Member:
     engine: deepspeed.DeepSpeedEngine
     tap: RouterTap
     peak_lr: float
+    shell: PreTrainedModel | None = None
+    """Where `whole` puts weights that ZeRO-3 keeps in parts."""
 
     @property
     def top_k(self) -> int:
         """Experts a token meets; 1 for a model without experts."""
         return self.learner.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Of its feature losses, in their order."""
+        return self.learner.features.names if self.learner.features else []
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -76,6 +88,14 @@ class Member:
         """Context in which the head's matrix is whole on every rank (ZeRO-3 keeps it in parts)."""
         stage = self.engine.zero_optimization_stage()
         return deepspeed.zero.GatheredParameters([self.learner.head.weight], enabled=stage == 3)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model, to run any number of forwards on without gradient; under ZeRO-3 a copy with whole weights."""
+        if self.shell is None:
+            yield self.learner.model
+        else:
+            yield filled(self.shell, self.learner.model)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser state of every rank under folder/<name>."""
@@ -89,7 +109,9 @@ class Member:
         """Write a plain HF folder, atomically; a collective call, rank 0 writes."""
         state = expert_parallel.full_state_dict(self.engine)
         if ranks.is_main():
-            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            # What the learner has besides the model (projections of feature losses) serves training only.
+            inside = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+            state = {name.removeprefix("model."): tensor for name, tensor in inside.items()}
             write_model_folder(folder, self.learner.config, state, tokenizer)
         ranks.barrier()
 
@@ -103,8 +125,12 @@ def build_member(
     micro_rows: int,
     accumulation: int,
     run_folder: Path,
+    features: FeatureLosses | None = None,
 ) -> Member:
-    """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run."""
+    """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run.
+
+    `features` train with it, in the same engine.
+    """
     settings = deepspeed_config.build(
         config,
         model_name=name,
@@ -117,7 +143,9 @@ def build_member(
     if ranks.is_main():
         files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
     expert_parallel.install_preset()
-    learner = Learner(model)
+    writes = isinstance(config.objective, OnPolicy) and name != "teacher"
+    shell = shell_of(model) if writes and config.parallel.zero == 3 else None
+    learner = Learner(model, features)
     engine, *_ = deepspeed.initialize(
         model=learner,
         model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),
@@ -125,13 +153,19 @@ def build_member(
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
     restore_rope(learner)
-    return Member(name, learner, engine, RouterTap(learner), lr)
+    if features is not None:
+        learner.recorder = Recorder(model, features.places(0))
+    return Member(name, learner, engine, RouterTap(learner), lr, shell)
 
 
 def write_model_folder(
     folder: Path, config: object, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place."""
+    """config.json, safetensors shards, tokenizer files: to a temporary folder first, then renamed into place.
+
+    Raises DiskFull before anything is written when the weights do not fit.
+    """
+    files.require_space(folder, sum(tensor.nbytes for tensor in state.values()), what=f"the model {folder.name}")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config().to_dict()

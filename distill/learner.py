@@ -4,15 +4,18 @@
     loss, stats_ST, count, outputs = learner(input_ids_BT, loss_of=fused)
 
 The loss is computed inside the head's forward, so ZeRO-3 gathers the head exactly as it gathers any layer.
-Shapes: B rows, T tokens, H width, V vocabulary; flattened tokens are B*T.
+Shapes: B rows, T tokens, H width, V vocabulary, N feature losses; flattened tokens are B*T.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
+from distill.features import FeatureLosses, Lesson
 from distill.losses import Distillation
+from teachers.recorder import Recorder
 from teachers.targets import SoftTargets, decoder_of, has_plain_head, make_targets
 
 FusedLoss = Callable[[torch.Tensor, torch.Tensor], Distillation]
@@ -33,9 +36,11 @@ class LossHead(nn.Linear):
 class Learner(nn.Module):
     """Wraps a causal LM; `plain_head` says whether its logits are just hidden states times the head."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, features: FeatureLosses | None = None) -> None:
         super().__init__()
         self.model = model
+        self.features = features
+        self.recorder: Recorder | None = None
         self.config = model.config  # DeepSpeed's AutoEP reads the expert counts here
         self.plain_head = has_plain_head(model)
         if self.plain_head:
@@ -45,23 +50,32 @@ class Learner(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    def forward(self, input_ids_BT: torch.Tensor, loss_of: FusedLoss | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, input_ids_BT: torch.Tensor, loss_of: FusedLoss | None = None, lesson: Lesson | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """(loss, stats_ST, num_tokens, outputs): outputs are hidden_TH, or logits_TV when the head is not plain.
 
         `loss_of(hidden_TH, head_VH)`, or `loss_of(logits_TV, None)` when the head is not plain; without it only
-        outputs are returned.
+        outputs are returned. With a `lesson` the loss includes the feature losses, and their sums_N come last.
         """
-        if self.plain_head:
-            hidden = decoder_of(self.model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-            outputs = hidden.flatten(0, 1)
-            if loss_of is None:
-                return (outputs,)
-            return *self.head(outputs, loss_of), outputs.detach()
-        outputs = self.model(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1)
+        with nullcontext() if lesson is None else self.recorder.recording() as shown:
+            outputs = self._run(input_ids_BT)
         if loss_of is None:
             return (outputs,)
-        out = loss_of(outputs, None)
-        return out.loss, out.stats_ST, out.num_tokens, outputs.detach()
+        if self.plain_head:
+            loss, stats_ST, count = self.head(outputs, loss_of)
+        else:
+            out = loss_of(outputs, None)
+            loss, stats_ST, count = out.loss, out.stats_ST, out.num_tokens
+        if lesson is None:
+            return loss, stats_ST, count, outputs.detach()
+        feature_loss, sums_N = self.features.compare(shown, lesson)
+        return loss + feature_loss, stats_ST, count, outputs.detach(), sums_N
+
+    def _run(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        if self.plain_head:
+            return decoder_of(self.model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+        return self.model(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1)
 
     def targets(self, outputs: torch.Tensor) -> SoftTargets:
         """What these outputs are to a student. The head must be whole (gathered) while the targets are read."""

@@ -14,6 +14,8 @@ import torch
 
 from distill.assembly import Assembly
 from distill.engine import Member
+from distill.tally import HISTOGRAM_NAMES
+from distill.weighting import entropy_bins
 from herd.data.batches import Batch
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run.errors import Interrupted
@@ -23,6 +25,7 @@ from herd.run.tracking import Tracker
 from teachers.frozen import FrozenTeacher
 
 STATE_FILE = "loop.json"
+SPREAD = {"alpha_by_entropy": entropy_bins.NAMES, "alpha_histogram": HISTOGRAM_NAMES}
 
 
 @dataclass
@@ -40,15 +43,19 @@ class Loop:
     def __init__(self, parts: Assembly, config: Config, run_folder: Path, tracker: Tracker) -> None:
         self.parts, self.config, self.run_folder, self.tracker = parts, config, run_folder, tracker
         self.herd, self.position = parts.herd, Position()
-        names = (["teacher"] if self.herd.teacher is not None else []) + list(config.students)
+        names = (["teacher"] if isinstance(self.herd.teacher, Member | FrozenTeacher) else []) + list(config.students)
         roles = {name: "teacher" if name == "teacher" else "student" for name in names}
         self._children = {name: tracker.nested(name, role=role) for name, role in roles.items()}
         self._metrics_file = run_folder / "metrics.jsonl"
 
-    def run(self, *, resume_from: Path | None, resume_command: str) -> None:
-        """Train to the end. Raises Interrupted after saving when asked to stop, NumericalError on a loss not finite."""
+    def run(self, *, resume_from: Path | None, resume_command: str) -> int:
+        """Train to the end; returns the steps that took.
+
+        Raises Interrupted after saving when asked to stop, NumericalError on a loss not finite.
+        """
         if resume_from is not None:
             self.load(resume_from)
+        first = self.position.step
         if ranks.is_main():
             keep_steps(self._metrics_file, up_to=self.position.step)
         ranks.barrier()
@@ -63,6 +70,7 @@ class Loop:
                     self.save()
                 if stop.requested_anywhere() and self.position.step < total:
                     self._stop(resume_command)
+        return total - first
 
     def _take_step(self) -> dict[str, float | list]:
         position, batch = self.position, self.config.batch
@@ -81,7 +89,12 @@ class Loop:
         metrics["tokens_per_s"] = batch.rows * self.config.data.sequence_length / (time.perf_counter() - started)
         every = self.config.run.evaluate_every
         if every and (position.step % every == 0 or position.step == self.herd.total_steps):
-            metrics |= self.evaluate()
+            heldout = self.evaluate()
+            metrics |= heldout
+            own_steps = position.step - self.herd.head_start
+            if own_steps > 0:
+                for name, pupil in self.herd.pupils.items():
+                    pupil.weighting.see_heldout(own_steps, heldout[f"heldout/{name}"])
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -109,9 +122,7 @@ class Loop:
     def _score(self, model: Member | FrozenTeacher, batch: Batch) -> tuple[float, int]:
         labels_T = batch.labels_BT.flatten()
         if isinstance(model, FrozenTeacher):
-            logits_TV = model.targets(batch.input_ids_BT).logits(slice(0, len(labels_T))).float()
-            loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
-            return loss.item(), int((labels_T != -100).sum())
+            return model.score(batch.input_ids_BT, labels_T)
         model.engine.eval()
         loss_of = self.herd.loss_of(model, labels_T, targets=None)
         _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)
@@ -178,15 +189,22 @@ def headline(metrics: dict[str, float | list], students: dict) -> dict[str, floa
     for name in students:
         shown[name] = metrics.get(f"student/{name}/ce")
         shown[f"{name} alpha"] = metrics.get(f"student/{name}/alpha")
+        shown[f"{name} reverse KL"] = metrics.get(f"student/{name}/on_policy/reverse_kl")
     return {key: value for key, value in shown.items() if value is not None}
 
 
 def of_model(metrics: dict[str, float | list], name: str) -> dict[str, float]:
-    """One model's scalar metrics under the names its MLflow run shows: train/..., experts/..., heldout/loss."""
+    """One model's metrics under the names its MLflow run shows: train/..., experts/..., heldout/nats.
+
+    MLflow keeps scalars: of alpha's spread one a bin, `train/alpha_by_entropy/0.5-1`; other lists stay behind.
+    """
     prefix = "teacher/" if name == "teacher" else f"student/{name}/"
     renamed = {f"train/{key.removeprefix(prefix)}": v for key, v in metrics.items() if key.startswith(prefix)}
     experts = f"experts/{name}/"
     renamed |= {f"experts/{key.removeprefix(experts)}": v for key, v in metrics.items() if key.startswith(experts)}
     if f"heldout/{name}" in metrics:
         renamed["heldout/nats"] = metrics[f"heldout/{name}"]
+    for key, names in SPREAD.items():
+        values = renamed.pop(f"train/{key}", [])
+        renamed |= {f"train/{key}/{bin_name}": value for bin_name, value in zip(names, values, strict=False)}
     return {key: value for key, value in renamed.items() if isinstance(value, float)}

@@ -7,7 +7,9 @@ FLOPs per token, and what the herd does in a day. No device is touched and no da
 from transformers import Llama4TextConfig
 
 from distill.losses.chunks import chunk_of
-from herd.llama4.plan import Plan, Setup, plan, tokens_per_day
+from herd.data.corpora import check_source
+from herd.data.tokenizer import check_path
+from herd.llama4.plan import Plan, Setup, experts_divisible, plan, tokens_per_day
 from herd.llama4.source import read_config
 from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
@@ -19,7 +21,10 @@ SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulati
 
 
 def show(config: Config, *, world_size: int, mfu: float) -> None:
-    """Print the resolved configuration and the plan. Raises ConfigError for what could not run either."""
+    """Print the resolved configuration and the plan. Raises ConfigError or DataError for what could not run either."""
+    check_source(config.data)
+    if config.tokenizer.path is not None:
+        check_path(config.tokenizer.path)
     plans = plan_run(config, world_size=world_size)
     micro_rows, accumulation = split_batch(config, world_size)
     tokens_per_step = config.batch.rows * config.data.sequence_length
@@ -29,6 +34,8 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
         print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")
         print(made.table())
     flops = sum(made.flops_per_token for made in plans.values())
+    if config.objective.kind == "on_policy":
+        print("--- not in these figures: what students write, its key-value cache, and the teacher's forwards over it")
     daily = tokens_per_day(flops, world_size=world_size, mfu=mfu)
     steps = config.run.steps + config.teacher.head_start
     print("--- the herd")
@@ -43,7 +50,7 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
 def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
     """The plan of every model of the run, the teacher first."""
     micro_rows, accumulation = split_batch(config, world_size)
-    names = ([] if config.teacher.mode == "none" else ["teacher"]) + list(config.students)
+    names = (["teacher"] if config.teacher.mode in ("codistill", "frozen") else []) + list(config.students)
     plans = {}
     for name in names:
         source = _source(config, name)
@@ -53,6 +60,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         if config.data.sequence_length > text.max_position_embeddings:
             raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
+        experts_divisible(text, config.parallel.expert_parallel, model=f"{name} ({source})")
         frozen = name == "teacher" and config.teacher.mode == "frozen"
         setup = Setup(
             zero=config.parallel.zero,
@@ -63,7 +71,8 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             accumulation=accumulation,
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
-            chunk_tokens=config.loss.chunk_tokens or chunk_of(text.vocab_size),
+            chunk_tokens=config.loss.chunk_tokens
+            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4),
         )
         plans[name] = plan(text, setup)
     return plans

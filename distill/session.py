@@ -3,39 +3,37 @@
 run(config, resume="auto", command="deepspeed --module distill --config configs/nano.yaml")
 """
 
-import datetime
-import json
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import transformers
 
-from distill import aftermath
+from distill import aftermath, run_record
 from distill.assembly import Assembly, assemble
 from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
-from herd.run.lineage import git_commit
+from herd.run.resume import resolve
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
 
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "mlflow", "compressed-tensors")
+CONFIG = "config.yaml"
+ELSEWHERE = "move the run to another disk (run.folder)"
 
 
 def run(config: Config, *, resume: str, command: str) -> None:
     """Train the herd this configuration describes, and everything after it; every rank calls this.
 
-    Raises ConfigError, DataError, NumericalError or Interrupted, with MLflow told how it ended.
+    Raises ConfigError, DataError, NumericalError, EnvironmentFault (DiskFull; the folder was deleted) or Interrupted,
+    with MLflow told how it ended.
     """
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
-    with no_trace_of_a_refusal(folder):
+    with no_trace_of_a_refusal(folder), files.disk_faults(folder, mend=ELSEWHERE):
         resume_from = prepare_folder(config, folder, resume=resume, command=command)
         tracker = open_tracker(
             folder,
@@ -47,11 +45,11 @@ def run(config: Config, *, resume: str, command: str) -> None:
             enabled=config.tracking.enabled and ranks.is_main(),
         )
         try:
-            _train(config, folder, tracker, resume_from=resume_from, command=command)
-            ranks.shut_down()
-            if ranks.is_main():
-                _record_end(folder / "run.json")
-                aftermath.compress_and_report(config, folder, tracker)
+            with deletion_told(folder):
+                _train(config, folder, tracker, resume_from=resume_from, command=command)
+                ranks.shut_down()
+                if ranks.is_main():
+                    aftermath.compress_and_report(config, folder, tracker)
         except Interrupted:
             tracker.finish("KILLED")
             raise
@@ -73,14 +71,30 @@ def no_trace_of_a_refusal(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def deletion_told(folder: Path) -> Iterator[None]:
+    """Name the cause of whatever goes wrong in a run whose folder somebody has deleted under it."""
+    try:
+        yield
+    except Exception as error:
+        # Not the folder itself: a checkpoint being written may have made it anew.
+        if (folder / CONFIG).exists() or isinstance(error, Interrupted):
+            raise
+        raise EnvironmentFault(
+            f"{folder} was deleted while the run was writing to it; what was in it is lost: start the run again"
+        ) from error
+
+
 def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
     randomness.seed_everything(config.run.seed, rank=ranks.rank())
     parts = assemble(config, folder)
     tracker.dataset("train", source=config.data.source, digest=parts.corpus.fingerprint, context="training")
-    Loop(parts, config, folder, tracker).run(
-        resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto"
-    )
+    loop = Loop(parts, config, folder, tracker)
+    steps = loop.run(resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto")
+    parts.herd.close()
     _write_models(parts, config, folder, tracker)
+    if ranks.is_main():
+        run_record.mark(folder, "trained", again=steps > 0)
 
 
 def _write_models(parts: Assembly, config: Config, folder: Path, tracker: Tracker) -> None:
@@ -94,17 +108,17 @@ def _write_models(parts: Assembly, config: Config, folder: Path, tracker: Tracke
 
 def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -> Path | None:
     """Create or reopen the run folder; returns the checkpoint to start from, on every rank the same."""
-    checkpoint = checkpoints.resolve(folder, resume)
+    checkpoint = resolve(folder, resume)
     if checkpoint is not None:
-        _check_same_world(checkpoint, config)
-    if resume != "never" and (folder / "config.yaml").exists():
-        _check_same_config(folder / "config.yaml", config)
+        _check_same_world(checkpoint)
+    if resume != "never" and (folder / CONFIG).exists():
+        _check_same_config(folder / CONFIG, config)
     ranks.barrier()
     if ranks.is_main():
         _make_folder(folder)
         checkpoints.clean(folder)
-        files.write_atomic(folder / "config.yaml", configuration.dump(config))
-        _record_command(folder / "run.json", command)
+        files.write_atomic(folder / CONFIG, configuration.dump(config))
+        run_record.begin(folder, command)
     ranks.barrier()
     return checkpoint
 
@@ -128,33 +142,14 @@ def _check_same_config(path: Path, config: Config) -> None:
         )
 
 
-def _check_same_world(checkpoint: Path, config: Config) -> None:
-    facts = checkpoints.facts(checkpoint)
-    if facts["world_size"] != ranks.world_size():
+def _check_same_world(checkpoint: Path) -> None:
+    wrote = checkpoints.facts(checkpoint)["world_size"]
+    if wrote != ranks.world_size():
         raise DataError(
-            f"{checkpoint} was written by {facts['world_size']} ranks, this run has {ranks.world_size()}: "
-            f"start it with --num_accelerators {facts['world_size']}, or start a new run from its exported models"
+            f"{checkpoint} was written by {wrote} {'rank' if wrote == 1 else 'ranks'}, this run has "
+            f"{ranks.world_size()}: start it on {wrote} (deepspeed --num_accelerators {wrote}, on one machine), or "
+            "start another run with --set run.name=NEW"
         )
-
-
-def _record_command(path: Path, command: str) -> None:
-    """run.json: what was run with what; a resumed run adds its command."""
-    record = json.loads(path.read_text()) if path.exists() else {"commands": []}
-    record["commands"].append(command)
-    record.setdefault("started", _now())
-    record["git_commit"] = git_commit()
-    record["world_size"] = ranks.world_size()
-    record["versions"] = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
-
-
-def _record_end(path: Path) -> None:
-    record = json.loads(path.read_text()) | {"finished": _now()}
-    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def without_resume(command: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import ConfigError
+from herd.run.files import disk_faults
 from herd.run.schema import Data, Run, Tracking
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def _record(arguments: argparse.Namespace, result: "Result", rows: "Rows") -> No
     folder.mkdir(parents=True)
     add_entries(folder / "evals.json", [result.entry()])
     if arguments.out is not None:
-        add_entries(arguments.out, [result.entry()])
+        with disk_faults(arguments.out, mend="name an --out on another disk"):
+            add_entries(arguments.out, [result.entry()])
     tags = {"herd.role": "evaluation"}
     if parent := read_lineage(arguments.model).get("run_id"):
         tags["mlflow.parentRunId"] = parent

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import ConfigError
+from herd.run.files import disk_faults
 from herd.run.schema import Quantize
+from quant.target import check_target
 
 if TYPE_CHECKING:
     from quant.plans import Plan
@@ -26,7 +28,12 @@ GROUP_SIZE = Quantize.model_fields["group_size"].default
 def main(argv: list[str] | None = None) -> int:
     """Parse, then plan (`--dry-run`) or export and track; returns the exit code."""
     options = parse(argv)
-    return cli.main_guard(lambda: run(options))
+
+    def body() -> None:
+        with disk_faults(options.out, mend="name an --out on another disk"):
+            run(options)
+
+    return cli.main_guard(body)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,8 +69,7 @@ def check(options: argparse.Namespace) -> None:
     """Everything that can be refused before the heavy imports; fills in the group size of int4."""
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a saved model")
-    if options.out.exists():
-        raise ConfigError(f"--out {options.out}: exists; remove it or choose another folder")
+    check_target(options.out)
     if options.scheme != "int4" and options.group_size is not None:
         raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no groups; leave it out")
     if options.group_size is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from herd.run.errors import ConfigError, DataError
+from herd.run.errors import DataError
 from herd.run.files import disk_faults, fresh_folder, replace_folder, require_space
 from herd.run.lineage import model_card, write_lineage
 from quant.architectures import LLAMA4, architecture
@@ -26,6 +26,7 @@ from quant.probes import take_probe
 from quant.quantized import QuantizedModel
 from quant.reports import Report
 from quant.shards import SHARD_BYTES, StoredTensors, write_shards
+from quant.target import check_target
 
 REPORT = "gate.json"
 TOKENIZER_FILES = (
@@ -66,12 +67,6 @@ def export(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return report
-
-
-def check_target(path: Path) -> None:
-    """ConfigError when something is already there: an export is never overwritten."""
-    if path.exists():
-        raise ConfigError(f"out = {path} exists; remove it or choose another folder")
 
 
 def _write(

@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 
 from herd.run.errors import EnvironmentFault
+from herd.run.files import disk_faults
 from quant.probes import Probe
 from quant.reports import Report
 
@@ -54,7 +55,8 @@ class GateProcess:
         """The report on a folder; EnvironmentFault when the process died, which says nothing about the folder."""
         with tempfile.TemporaryDirectory(prefix="herd-gate-") as scratch:
             path = Path(scratch) / "probe.safetensors"
-            probe.save(path)
+            with disk_faults(Path(scratch), mend="set TMPDIR to a folder on another disk"):
+                probe.save(path)
             request = json.dumps({"folder": str(folder.resolve()), "probe": str(path)})
             try:
                 self._process.stdin.write(request + "\n")

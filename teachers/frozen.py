@@ -3,7 +3,7 @@
     teacher = FrozenTeacher(model)
     targets = teacher.targets(input_ids_BT)       # SoftTargets over B*T tokens
 
-Shapes: B rows, T tokens a row.
+Shapes: B rows, T tokens a row, G teacher width, V vocabulary.
 """
 
 import torch
@@ -21,8 +21,18 @@ class FrozenTeacher:
 
     def targets(self, input_ids_BT: torch.Tensor) -> SoftTargets:
         """Soft targets of the tokens that follow each of these, flattened to B*T."""
+        return make_targets(*self.outputs(input_ids_BT))
+
+    def outputs(self, input_ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B*T, G] and the head, or logits [B*T, V] and None when there is no plain head."""
         with torch.no_grad():
             if self._plain_head:
                 hidden = decoder_of(self.model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-                return make_targets(hidden.flatten(0, 1), self.model.get_output_embeddings().weight)
-            return make_targets(self.model(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1), None)
+                return hidden.flatten(0, 1), self.model.get_output_embeddings().weight
+            return self.model(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1), None
+
+    def score(self, input_ids_BT: torch.Tensor, labels_T: torch.Tensor) -> tuple[float, int]:
+        """-log p of the labels, summed, in nats, and how many there are; -100 is not scored."""
+        logits_TV = self.targets(input_ids_BT).logits(slice(0, len(labels_T))).float()
+        loss = nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
+        return loss.item(), int((labels_T != -100).sum())

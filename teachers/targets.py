@@ -92,6 +92,12 @@ class SparseTargets:
     def num_tokens(self) -> int:
         return self.ids_TK.shape[0]
 
+    def rows(self, rows: slice) -> "SparseTargets":
+        """The targets of these tokens."""
+        present = None if self.present_T is None else self.present_T[rows]
+        listed = (self.ids_TK[rows], self.probs_TK[rows], self.tail)
+        return SparseTargets(*listed, self.entropy_T[rows], self.ce_T[rows], self.temperature, present)
+
 
 SoftTargets = FullTargets | SparseTargets
 """What a loss takes."""

@@ -1,11 +1,25 @@
-"""How many tokens' logits exist at a time: chunk_of(vocabulary)."""
+"""How many tokens are worked on at a time.
 
-CHUNK_BYTES = 8 * 2**20
-"""Of one [C, V] tensor in fp32: small beside the head's gradient, big enough for the matrix products."""
+chunk_of(vocabulary, itemsize)    tokens whose logits exist, in the inputs' precision: what the matrix products see
+block_of(vocabulary)              tokens of a chunk that are mixed at a time, in fp32: what stays in a core's cache
+"""
+
+CHUNK_BYTES = 16 * 2**20
+"""Small beside the head's gradient, big enough for the products that read the head and add to its gradient."""
 LEAST_CHUNK = 64
-"""Tokens; with fewer the head and its gradient are read and written too often."""
+BLOCK_BYTES = 2**20
 
 
-def chunk_of(vocabulary: int) -> int:
-    """Tokens of a chunk where none are asked for."""
-    return max(LEAST_CHUNK, CHUNK_BYTES // (4 * vocabulary))
+def chunk_of(vocabulary: int, itemsize: int) -> int:
+    """Tokens of a chunk where none are asked for; `itemsize` is the bytes of an input's number."""
+    return max(LEAST_CHUNK, CHUNK_BYTES // (itemsize * vocabulary))
+
+
+def block_of(vocabulary: int) -> int:
+    """Tokens of a block: a dozen passes over its probabilities never leave the cache."""
+    return max(1, BLOCK_BYTES // (4 * vocabulary))
+
+
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """[start, stop) in pieces of `size`, the last one shorter."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

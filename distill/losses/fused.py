@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses.chunks import chunk_of
+from distill.losses.chunks import block_of, chunk_of, slices
 from distill.losses.divergences import divergence as named_divergence
+from distill.losses.head_gradient import HeadGradient, working_dtype
 from distill.losses.kernel import STATS, LossTerms, check_targets, mix_chunk
 from distill.losses.token_stats import Alpha, TokenStats
 from herd.run.errors import ConfigError
-from teachers.targets import SoftTargets
+from teachers.targets import SoftTargets, SparseTargets
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def fused_linear_distillation(
     [chunk_tokens, V] tensors.
     """
     job = _Job.of(
-        hidden_TH.shape[0],
-        head_VH.shape[0],
+        len(hidden_TH),
         labels_T,
         targets,
         alpha=alpha,
@@ -95,7 +95,7 @@ def distillation_from_logits(
 ) -> Distillation:
     """The same loss for a model whose logits are more than hidden states times a matrix (soft caps, scales)."""
     job = _Job.of(
-        *logits_TV.shape,
+        len(logits_TV),
         labels_T,
         targets,
         alpha=alpha,
@@ -129,12 +129,12 @@ class _Job:
     targets: SoftTargets | None
     alpha: Alpha
     terms: LossTerms
-    chunk_tokens: int
+    chunk_tokens: int | None
     scale: torch.Tensor
     """1 / normalizer, fp64."""
 
     @classmethod
-    def of(cls, num_tokens, vocabulary, labels_T, targets, *, alpha, terms, ignore_index, normalizer, chunk_tokens):
+    def of(cls, num_tokens, labels_T, targets, *, alpha, terms, ignore_index, normalizer, chunk_tokens):
         _check(num_tokens, labels_T, targets, alpha)
         if targets is not None:
             check_targets(targets, terms)
@@ -146,25 +146,53 @@ class _Job:
             targets,
             alpha,
             terms,
-            chunk_tokens or chunk_of(vocabulary),
+            chunk_tokens,
             1.0 / count.double().clamp_min(1),
         )
 
-    def chunks(self) -> list[slice]:
-        step = self.chunk_tokens
-        return [slice(start, min(start + step, len(self.labels_T))) for start in range(0, len(self.labels_T), step)]
+    def chunks(self, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+        return slices(0, len(self.labels_T), self.chunk_tokens or chunk_of(vocabulary, dtype.itemsize))
 
-    def run(self, logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss [C] and statistics [S, C]; every token's own gradient, ignored ones' too, overwrites the logits."""
-        return mix_chunk(
-            logits_CV,
-            self.labels_T[rows],
-            self.valid_T[rows],
-            self.targets,
-            rows,
-            alpha=self._alpha_of(rows),
+    def mix(self, logits_CV: torch.Tensor, rows: slice, stats_ST: torch.Tensor) -> torch.Tensor:
+        """Turn the logits of these tokens into every token's own gradient, ignored ones' too; returns their loss.
+
+        Block by block in fp32 (or fp64), so that no fp32 [C, V] tensor is made of bf16 logits.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=logits_CV.device)
+        # The teacher's logits exist for half a chunk only.
+        for half in slices(rows.start, rows.stop, -(-(rows.stop - rows.start) // 2)):
+            sparse = self.targets is None or isinstance(self.targets, SparseTargets)
+            full_CV = None if sparse else self.targets.logits(half)
+            for block in slices(half.start, half.stop, block_of(logits_CV.shape[1])):
+                teacher = full_CV
+                if full_CV is not None:
+                    inside = slice(block.start - half.start, block.stop - half.start)
+                    teacher = full_CV[inside, : logits_CV.shape[1]].to(stats_ST.dtype)
+                elif self.targets is not None:
+                    teacher = self.targets.rows(block)
+                inside = slice(block.start - rows.start, block.stop - rows.start)
+                total += self._mix_block(logits_CV[inside], block, teacher, stats_ST)
+        return total
+
+    def _mix_block(
+        self,
+        logits_BV: torch.Tensor,
+        block: slice,
+        teacher: torch.Tensor | SparseTargets | None,
+        stats_ST: torch.Tensor,
+    ) -> torch.Tensor:
+        working_BV = logits_BV.to(stats_ST.dtype)
+        loss_B, stats_ST[:, block] = mix_chunk(
+            working_BV,
+            self.labels_T[block],
+            self.valid_T[block],
+            teacher,
+            alpha=self._alpha_of(block),
             terms=self.terms,
         )
+        if working_BV.dtype != logits_BV.dtype:
+            logits_BV.copy_(working_BV)
+        return loss_B.sum(dtype=torch.float64)
 
     def _alpha_of(self, rows: slice) -> Callable[[TokenStats], torch.Tensor]:
         alpha = self.alpha
@@ -175,41 +203,31 @@ class _Job:
         return lambda stats: torch.full_like(stats.student_ce, alpha)
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    """Logits are handled in fp32, or in fp64 when the inputs are (reference runs)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _FusedLinear(torch.autograd.Function):
     """Loss of hidden @ head.T; both gradients are complete when the forward returns."""
 
     @staticmethod
     def forward(ctx, hidden_TH, head_VH, job):
-        working = _working(hidden_TH.dtype)
+        working = working_dtype(hidden_TH.dtype)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_TH = torch.empty_like(hidden_TH) if need_hidden else None
-        # Summing chunks in bf16 would lose the small ones, so the head's gradient is gathered in fp32.
-        grad_VH = torch.zeros_like(head_VH, dtype=working) if need_head else None
+        grad_head = HeadGradient(head_VH) if need_head else None
         stats_ST = hidden_TH.new_empty((len(STATS), hidden_TH.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        for rows in job.chunks():
-            logits_CV = (hidden_TH[rows] @ head_VH.T).to(working)
-            loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
-            total += loss_C.sum(dtype=torch.float64)
-            gradient_CV = logits_CV.to(hidden_TH.dtype)
+        chunks = job.chunks(head_VH.shape[0], hidden_TH.dtype)
+        buffer_CV = hidden_TH.new_empty(chunks[0].stop if chunks else 0, head_VH.shape[0])
+        for rows in chunks:
+            gradient_CV = torch.mm(hidden_TH[rows], head_VH.T, out=buffer_CV[: rows.stop - rows.start])
+            total += job.mix(gradient_CV, rows, stats_ST)
             if need_hidden:
                 torch.mm(gradient_CV, head_VH, out=grad_TH[rows])
-            # Ignored tokens leave by their hidden state: a row of H numbers, not of V.
-            hidden_CH = hidden_TH[rows].masked_fill(~job.valid_T[rows, None], 0.0)
-            if need_head and working == head_VH.dtype:
-                grad_VH.addmm_(gradient_CV.T, hidden_CH)
-            elif need_head:
-                grad_VH.add_(gradient_CV.T @ hidden_CH)
+            if need_head:
+                # Ignored tokens leave by their hidden state: a row of H numbers, not of V.
+                grad_head.add(gradient_CV, hidden_TH[rows].masked_fill(~job.valid_T[rows, None], 0.0))
+        del buffer_CV
         if need_hidden:
             grad_TH.mul_(job.scale.to(working)).masked_fill_(~job.valid_T[:, None], 0.0)
-        if need_head:
-            grad_VH = grad_VH.mul_(job.scale).to(head_VH.dtype)
-        ctx.gradients = (grad_TH, grad_VH)
+        ctx.gradients = (grad_TH, grad_head.take(job.scale) if need_head else None)
         ctx.mark_non_differentiable(stats_ST)
         return (total * job.scale).to(working), stats_ST
 
@@ -226,15 +244,13 @@ class _FromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_TV, job):
-        working = _working(logits_TV.dtype)
-        grad_TV = torch.empty_like(logits_TV)
+        working = working_dtype(logits_TV.dtype)
+        grad_TV = logits_TV.clone()
         stats_ST = logits_TV.new_empty((len(STATS), logits_TV.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        for rows in job.chunks():
-            logits_CV = logits_TV[rows].to(working, copy=True)
-            loss_C, stats_ST[:, rows] = job.run(logits_CV, rows)
-            total += loss_C.sum(dtype=torch.float64)
-            grad_TV[rows] = logits_CV.mul_(job.scale).masked_fill_(~job.valid_T[rows, None], 0.0)
+        for rows in job.chunks(logits_TV.shape[1], logits_TV.dtype):
+            total += job.mix(grad_TV[rows], rows, stats_ST)
+        grad_TV.mul_(job.scale.to(grad_TV.dtype)).masked_fill_(~job.valid_T[:, None], 0.0)
         ctx.gradient = grad_TV
         ctx.mark_non_differentiable(stats_ST)
         return (total * job.scale).to(working), stats_ST

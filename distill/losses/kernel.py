@@ -16,7 +16,10 @@ from distill.losses.token_stats import TokenStats
 from herd.run.errors import ConfigError
 from teachers.targets import SoftTargets, SparseTargets
 
-STATS = ("ce", "kd", "kl", "teacher_ce", "teacher_entropy", "alpha")
+ASKED = ("teacher_square", "soft_square", "hard_square", "cross")
+"""Statistics that cost a pass over the vocabulary: 0 unless the weight asked for them (TokenStats.asked)."""
+STATS = ("ce", "kd", "kl", "teacher_ce", "teacher_entropy", "alpha", "absent", *ASKED)
+"""`absent` is 1 where there should be a target and is none; what is said of the teacher is 0 there."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,14 @@ def mix_chunk(
     logits_CV: torch.Tensor,
     labels_C: torch.Tensor,
     valid_C: torch.Tensor,
-    targets: SoftTargets | None,
-    rows: slice,
+    teacher: torch.Tensor | SparseTargets | None,
     *,
     alpha: Callable[[TokenStats], torch.Tensor],
     terms: LossTerms,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [C] and statistics [S, C]; d(loss)/d(logits) [C, V] is written over `logits_CV`.
+
+    `teacher` is the sparse targets of these tokens, or whole logits [C, W], in fp32 and overwritten.
 
     `labels_C` must be in range everywhere. Loss and statistics are zero where `valid_C` is false; the gradient is left
     to the caller, who scales it without a pass of its own.
@@ -49,42 +53,49 @@ def mix_chunk(
     label_C, highest_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1), logits_CV.amax(1)
     mean_C = logits_CV.mean(1) if terms.label_smoothing else label_C
     soft, teacher_ce_C = None, torch.zeros_like(label_C)
-    if targets is not None:
-        soft, teacher_ce_C = _soft(logits_CV, labels_C, targets, rows, terms)
+    if teacher is not None:
+        soft, teacher_ce_C = _soft(logits_CV, labels_C, teacher, terms)
     q_CV = torch.softmax(logits_CV, 1, out=logits_CV)
     normalizer_C = highest_C - q_CV.amax(1).log()
     ce_C = normalizer_C - label_C
     hard_C = ce_C + terms.label_smoothing * (label_C - mean_C)
+    asked: dict[str, torch.Tensor] = {}
+    absent_C = _absent(teacher)
     if soft is None:
         alpha_C, kd_C, kl_C, entropy_C = (torch.zeros_like(ce_C) for _ in range(4))
     else:
         kd_C, kl_C = (x_C + normalizer_C if soft.mixes else x_C for x_C in (soft.value_C, soft.kl_C))
         entropy_C, products = soft.entropy_C, lambda: soft.products(q_CV, labels_C)
-        tokens = TokenStats(ce_C, teacher_ce_C, kl_C, entropy_C, soft.peak_C, soft.square, products)
-        alpha_C = _where_present(targets, rows, alpha(tokens))
+        tokens = TokenStats(
+            ce_C, teacher_ce_C, kl_C, entropy_C, soft.peak_C, q_CV.shape[1], soft.square, products, asked
+        )
+        alpha_C = alpha(tokens)
+        if absent_C is not None:
+            alpha_C = alpha_C.masked_fill(absent_C, 0.0)
     loss_C = (1 - alpha_C) * hard_C + alpha_C * terms.temperature**2 * kd_C
     if terms.z_loss:
         loss_C = loss_C + terms.z_loss * normalizer_C.square()
     _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, terms)
-    stats_SC = torch.stack((ce_C, kd_C, kl_C, teacher_ce_C, entropy_C, alpha_C))
+    known = {"ce": ce_C, "kd": kd_C, "kl": kl_C, "teacher_ce": teacher_ce_C, "teacher_entropy": entropy_C}
+    stats_SC = _listed(known | {"alpha": alpha_C} | asked, absent_C)
     return loss_C.masked_fill(~valid_C, 0.0), stats_SC.masked_fill_(~valid_C, 0.0)
 
 
 def _soft(
-    logits_CV: torch.Tensor, labels_C: torch.Tensor, targets: SoftTargets, rows: slice, terms: LossTerms
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, teacher: torch.Tensor | SparseTargets, terms: LossTerms
 ) -> tuple[SoftGradient, torch.Tensor]:
     """The soft half of this chunk, and the teacher's own -log p(label) [C] at temperature 1."""
     settings = {"temperature": terms.temperature}
-    if isinstance(targets, SparseTargets):
-        ids_CK, probs_CK = targets.ids_TK[rows], targets.probs_TK[rows].to(logits_CV.dtype)
-        teacher_ce_C, entropy_C = (x_T[rows].to(logits_CV.dtype) for x_T in (targets.ce_T, targets.entropy_T))
-        if targets.tail == "sampled":
-            return sampled_gradient(logits_CV, ids_CK.clamp_min(0), probs_CK, entropy_C, **settings), teacher_ce_C
-        settings["divergence"] = terms.divergence
-        return bucket_gradient(logits_CV, ids_CK, probs_CK, entropy_C, **settings), teacher_ce_C
-    teacher_CW = targets.logits(rows)[:, : logits_CV.shape[1]].to(logits_CV.dtype)
-    label_C = teacher_CW.gather(1, labels_C[:, None].clamp_max(teacher_CW.shape[1] - 1)).squeeze(1)
-    soft, normalizer_C = full_targets_gradient(logits_CV, teacher_CW, divergence=terms.divergence, **settings)
+    if isinstance(teacher, SparseTargets):
+        probs_CK, entropy_C, teacher_ce_C = (
+            x.to(logits_CV.dtype) for x in (teacher.probs_TK, teacher.entropy_T, teacher.ce_T)
+        )
+        listed = (teacher.ids_TK, probs_CK, entropy_C)
+        if teacher.tail == "sampled":
+            return sampled_gradient(logits_CV, *listed, **settings), teacher_ce_C
+        return bucket_gradient(logits_CV, *listed, divergence=terms.divergence, **settings), teacher_ce_C
+    label_C = teacher.gather(1, labels_C[:, None].clamp_max(teacher.shape[1] - 1)).squeeze(1)
+    soft, normalizer_C = full_targets_gradient(logits_CV, teacher, divergence=terms.divergence, **settings)
     return soft, normalizer_C - label_C
 
 
@@ -104,10 +115,20 @@ def check_targets(targets: SoftTargets, terms: LossTerms) -> None:
         )
 
 
-def _where_present(targets: SoftTargets, rows: slice, alpha_C: torch.Tensor) -> torch.Tensor:
-    if isinstance(targets, SparseTargets) and targets.present_T is not None:
-        return alpha_C.masked_fill(~targets.present_T[rows], 0.0)
-    return alpha_C
+def _absent(teacher: torch.Tensor | SparseTargets | None) -> torch.Tensor | None:
+    """[C], true where a sparse target is missing; None where none can be."""
+    if isinstance(teacher, SparseTargets) and teacher.present_T is not None:
+        return ~teacher.present_T
+    return None
+
+
+def _listed(known: dict[str, torch.Tensor], absent_C: torch.Tensor | None) -> torch.Tensor:
+    """[S, C] in the order of STATS, 0 where nothing is known."""
+    stats_SC = torch.stack([known[name] if name in known else torch.zeros_like(known["ce"]) for name in STATS])
+    if absent_C is not None:
+        stats_SC[1:].masked_fill_(absent_C, 0.0)  # the student's own loss, the first row, needs no target
+        stats_SC[STATS.index("absent")] = absent_C
+    return stats_SC
 
 
 def _to_gradient(

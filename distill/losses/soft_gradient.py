@@ -154,6 +154,7 @@ def sampled_gradient(
 
     The value takes the teacher's entropy as stored, so one draw of it may be below 0.
     """
+    ids_CK = ids_CK.clamp_min(0)
     peak_C, square_C = probs_CK.amax(1), probs_CK.square().sum(1)
     listed_C = (probs_CK * logits_CV.gather(1, ids_CK)).sum(1) / temperature
     sparse = {"ids_CK": ids_CK, "values_CK": probs_CK * -temperature}

@@ -7,7 +7,7 @@ vocabulary is a method, computed only when asked for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,16 +38,25 @@ class TokenStats:
     """H(p) at the loss's temperature, nats."""
     teacher_peak: torch.Tensor
     """max p, at the loss's temperature."""
+    vocabulary: int
+    """Classes of the student."""
     teacher_square_of: Callable[[], torch.Tensor]
     products_of: Callable[[], GradientProducts]
+    asked: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What a weight asked for and what costs a pass, by its name in distill.losses.kernel.STATS."""
 
     def teacher_square(self) -> torch.Tensor:
         """Sum of p^2; of the sampled masses, where targets are sampled."""
-        return self.teacher_square_of()
+        if "teacher_square" not in self.asked:
+            self.asked["teacher_square"] = self.teacher_square_of()
+        return self.asked["teacher_square"]
 
     def products(self) -> GradientProducts:
         """Of the gradients this loss really has: of these targets, this divergence and this temperature."""
-        return self.products_of()
+        if "soft_square" not in self.asked:
+            products = self.products_of()
+            self.asked.update(soft_square=products.soft, hard_square=products.hard, cross=products.cross)
+        return GradientProducts(*(self.asked[name] for name in ("soft_square", "hard_square", "cross")))
 
 
 Alpha = float | torch.Tensor | Callable[[TokenStats], torch.Tensor]

@@ -17,8 +17,10 @@ import torch
 
 from distill import weighting
 from distill.engine import Member
+from distill.features import Lesson
 from distill.learner import FusedLoss
 from distill.losses import Alpha, Distillation, distillation_from_logits, fused_linear_distillation
+from distill.losses.spans import span_distillation
 from distill.schedule import learning_rate
 from distill.tally import Tally
 from herd.data.batches import Batch
@@ -26,7 +28,10 @@ from herd.llama4.balance import balance_loss
 from herd.run import ranks
 from herd.run.errors import NumericalError
 from herd.run.schema import Config
+from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
+from teachers.recorder import Place, Recorder
+from teachers.spans import SpanTargets
 from teachers.targets import SoftTargets
 
 MEND = (
@@ -48,10 +53,15 @@ class Herd:
     """Everything that learns or teaches in one run."""
 
     config: Config
-    teacher: Member | FrozenTeacher | None
+    teacher: Member | FrozenTeacher | CachedTeacher | None
     pupils: dict[str, Pupil]
+    recorder: Recorder | None = None
+    """Of what students' feature losses compare with; None without such losses."""
+    writing: WriteThrough | None = None
+    """Keeps the targets the teacher makes; None without a cache to write."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds each part of the last step took."""
+    _step: int = 0
 
     @property
     def head_start(self) -> int:
@@ -67,23 +77,36 @@ class Herd:
         students = {name: pupil.member for name, pupil in self.pupils.items()}
         return {"teacher": self.teacher, **students} if isinstance(self.teacher, Member) else students
 
+    def close(self) -> None:
+        """Seal the cache that was written, if one was."""
+        for part in (self.writing, self.teacher):
+            if isinstance(part, WriteThrough | CachedTeacher):
+                part.close()
+
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
         """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
         active = self._active(step)
-        tallies = {name: Tally(member.top_k) for name, member in active.items()}
+        tallies = {name: Tally(member.top_k, member.feature_names) for name, member in active.items()}
         scale = self._normalizer(batches)
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
+        self._step = step
         for index, batch in enumerate(batches):
+            if isinstance(self.teacher, CachedTeacher) and index < len(batches) - 1:
+                self.teacher.prefetch(batches[index + 1])
             self._run_micro_batch(batch, active, tallies, scale)
             if index < len(batches) - 1:
                 for member in active.values():
                     member.engine.step()  # no update yet: DeepSpeed counts micro-batches here
+        self._settle(active, tallies, batches, step)
+        metrics = self._update(active, tallies, step)
+        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
+    def _settle(self, active: dict[str, Member], tallies: dict[str, Tally], batches: list[Batch], step: int) -> None:
+        """Sum the tallies over ranks; NumericalError, before any weight moves, when a loss is not finite."""
         Tally.reduce(tallies.values())
         for name, tally in tallies.items():
             if not tally.is_finite():
                 raise NumericalError(self._diagnose(name, active[name], tally, batches, step))
-        metrics = self._update(active, tallies, step)
-        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
     def _active(self, step: int) -> dict[str, Member]:
         members = self.members
@@ -99,19 +122,25 @@ class Herd:
     ) -> None:
         started = time.perf_counter()
         targets, whole_head = None, nullcontext()
-        if isinstance(self.teacher, Member):
-            outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
-            targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
-        elif self.teacher is not None:
-            frozen = self.teacher.targets(batch.input_ids_BT)
-            targets = lambda: frozen  # noqa: E731
+        with nullcontext() if self.recorder is None else self.recorder.recording(detached=True) as taught:
+            if isinstance(self.teacher, Member):
+                outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
+                targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
+            elif isinstance(self.teacher, CachedTeacher):
+                targets = partial(self.teacher.targets_of, batch)
+            elif self.teacher is not None:
+                frozen = self.teacher.targets(batch.input_ids_BT)
+                targets = lambda: frozen  # noqa: E731
         self.seconds["teacher"] += time.perf_counter() - started
         with whole_head:
             soft = None if targets is None else targets()
+            if self.writing is not None and active.keys() & self.pupils.keys():
+                self.writing.keep(soft, batch, step=self._step + 1)
             for name, pupil in self.pupils.items():
                 if name in active:
                     started = time.perf_counter()
-                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=pupil.weighting.alpha)
+                    alpha = pupil.weighting.alpha
+                    self._learn(name, active, batch, tallies, scale, targets=soft, alpha=alpha, taught=taught)
                     self.seconds[name] += time.perf_counter() - started
 
     def _learn(
@@ -122,13 +151,15 @@ class Herd:
         tallies: dict[str, Tally],
         scale: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha,
+        taught: dict[Place, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Forward and backward of one model on one micro-batch; returns its detached outputs."""
         member, labels_T = active[name], batch.labels_BT.flatten()
         loss_of = self.loss_of(member, labels_T, targets=targets, alpha=alpha, normalizer=scale)
-        loss, stats_ST, _, outputs = member.engine(batch.input_ids_BT, loss_of=loss_of)
+        lesson = Lesson(taught, batch.labels_BT != -100, scale) if member.feature_names else None
+        loss, stats_ST, _, outputs, *sums_N = member.engine(batch.input_ids_BT, loss_of=loss_of, lesson=lesson)
         routing = member.tap.take()
         total = loss
         if routing and self.config.loss.balance > 0:
@@ -137,6 +168,8 @@ class Herd:
             total = loss + self.config.loss.balance * balance
         member.engine.backward(total)
         tallies[name].add(stats_ST, labels_T != -100, routing)
+        if lesson is not None:
+            tallies[name].add_features(*sums_N)
         return outputs
 
     def loss_of(
@@ -144,21 +177,22 @@ class Herd:
         member: Member,
         labels_T: torch.Tensor,
         *,
-        targets: SoftTargets | None,
+        targets: SoftTargets | SpanTargets | None,
         alpha: Alpha = 0.0,
         normalizer: torch.Tensor | None = None,
     ) -> FusedLoss:
         """The loss this model's head computes, as a function of its input."""
         loss = self.config.loss
-        settings = {
-            "alpha": alpha,
+        settings = {"alpha": alpha, "normalizer": normalizer, "chunk_tokens": loss.chunk_tokens}
+        if isinstance(targets, SpanTargets):
+            comparison = loss.cross_tokenizer.model_dump()
+            return partial(span_distillation, labels_T=labels_T, targets=targets, **comparison, **settings)
+        settings |= {
             "temperature": loss.temperature,
             "divergence": loss.divergence,
             "parameter": loss.divergence_parameter,
             "label_smoothing": loss.label_smoothing,
             "z_loss": loss.z_loss,
-            "normalizer": normalizer,
-            "chunk_tokens": loss.chunk_tokens,
         }
 
         def compute(outputs: torch.Tensor, head_VH: torch.Tensor | None) -> Distillation:
@@ -183,7 +217,7 @@ class Herd:
             metrics |= tallies[name].expert_metrics(name)
         for name in active.keys() & self.pupils.keys():
             pupil = self.pupils[name]
-            if self.teacher is not None:
+            if self.teacher is not None and tallies[name].num_tokens > 0:
                 pupil.weighting.update(tallies[name].step_stats(step - self.head_start))
             metrics |= {f"student/{name}/{key}": value for key, value in pupil.weighting.metrics().items()}
         self.seconds["update"] += time.perf_counter() - started
@@ -206,6 +240,6 @@ class Herd:
                 f"teacher.source = {self.config.teacher.source}: its logits are not finite; {cause}. "
                 "Nothing was trained on them; choose another"
             )
-        cause = first_fault(member.learner.model, lambda batch: member.engine(batch.input_ids_BT), batches)
+        cause = first_fault(member.learner, lambda batch: member.engine(batch.input_ids_BT), batches)
         member.tap.take()
         return f"{name}: the loss of step {step + 1} is not finite; {cause}. {MEND}"

@@ -6,10 +6,10 @@ weighting = Constant(0.5)
 import torch
 
 from distill.losses.token_stats import TokenStats
-from distill.weighting.interface import StepStats
+from distill.weighting.interface import Weighting
 
 
-class Constant:
+class Constant(Weighting):
     """alpha everywhere, always."""
 
     def __init__(self, alpha: float) -> None:
@@ -17,15 +17,3 @@ class Constant:
 
     def alpha(self, tokens: TokenStats) -> torch.Tensor:
         return torch.full_like(tokens.student_ce, self._alpha)
-
-    def update(self, stats: StepStats) -> None:
-        pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, float]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        pass

@@ -10,45 +10,19 @@ Why two factors, and what they measured on good, young and immature teachers: do
 import torch
 
 from distill.losses.token_stats import TokenStats
-from distill.weighting.interface import StepStats
-from herd.run.schema import LeadAlpha
+from distill.weighting.interface import StepStats, Weighting
+from distill.weighting.running_mean import RunningMean, horizon_of
+from herd.run.weighting import LeadAlpha
 
 SLOW = 3  # the slow mean reaches this many times further back than the fast one
 
 
-class RunningMean:
-    """Exponential mean without the bias of its first steps, and the mean age, in steps, of what it averages."""
-
-    def __init__(self, horizon: float) -> None:
-        self._keep = 1.0 - 1.0 / horizon
-        self._sum, self._weight, self._ages = 0.0, 0.0, 0.0
-
-    def add(self, value: float) -> None:
-        self._ages = self._keep * (self._ages + self._weight)
-        self._sum = self._keep * self._sum + value
-        self._weight = self._keep * self._weight + 1.0
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else 0.0
-
-    @property
-    def age(self) -> float:
-        return self._ages / self._weight if self._weight else 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"sum": self._sum, "weight": self._weight, "ages": self._ages}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self._sum, self._weight, self._ages = state["sum"], state["weight"], state["ages"]
-
-
-class Lead:
+class Lead(Weighting):
     """One weight for all tokens of a step: a token's own label is noise to gate on, running means are not."""
 
     def __init__(self, settings: LeadAlpha, *, steps: int) -> None:
         self._settings, self._steps = settings, steps
-        horizon = max(2.0, settings.horizon * steps)
+        horizon = horizon_of(settings.horizon, steps)
         self._gap, self._divergence = RunningMean(horizon), RunningMean(horizon)
         self._fast, self._slow = RunningMean(horizon), RunningMean(SLOW * horizon)
 
@@ -86,7 +60,7 @@ class Lead:
         return torch.full_like(tokens.student_ce, s.peak * ahead * trusted)
 
     def update(self, stats: StepStats) -> None:
-        self._gap.add(stats.student_ce - stats.teacher_ce)
+        self._gap.add(stats.gap)
         self._divergence.add(stats.divergence)
         self._fast.add(stats.student_ce)
         self._slow.add(stats.student_ce)

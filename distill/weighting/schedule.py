@@ -8,11 +8,11 @@ import math
 import torch
 
 from distill.losses.token_stats import TokenStats
-from distill.weighting.interface import StepStats
-from herd.run.schema import ScheduledAlpha
+from distill.weighting.interface import StepStats, Weighting
+from herd.run.weighting import ScheduledAlpha
 
 
-class Schedule:
+class Schedule(Weighting):
     """alpha goes from `start` to `end` between the shares `begin` and `until` of the run."""
 
     def __init__(self, settings: ScheduledAlpha, *, steps: int) -> None:
@@ -34,9 +34,6 @@ class Schedule:
 
     def update(self, stats: StepStats) -> None:
         self._step = stats.step + 1
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
     def state_dict(self) -> dict[str, float]:
         return {"step": self._step}

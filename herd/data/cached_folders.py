@@ -29,8 +29,9 @@ def build_once(folder: Path, build: Callable[[Path], None], *, what: str) -> Pat
     if _fault(folder) is None:
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder.with_name(f"{folder.name}.lock"), what)
+        with disk_faults(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(folder.with_name(f"{folder.name}.lock"), what)
     except OSError as fault:
         raise EnvironmentFault(
             f"cannot write the {what} to {folder.parent} ({fault.strerror}); make that folder writable"

@@ -6,7 +6,6 @@ for document in corpus.documents("train"): ...
 
 import difflib
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +17,11 @@ from herd.data.splits import LEFT_OUT, PARTS, Part, part_of, split_all, text_dig
 from herd.data.stdlib_corpus import stdlib_source
 from herd.data.tables import TABLE_FORMATS, file_table, hub_table
 from herd.data.text_files import TEXT_SUFFIXES, text_source
+from herd.run import hub
 from herd.run.errors import DataError
 from herd.run.schema import Data
 
 CACHE = Path(".cache")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class Corpus(Protocol):
@@ -151,16 +150,25 @@ def open_corpus(data: Data, *, cache: Path = CACHE) -> StoredCorpus | StreamedCo
     return StreamedCorpus(source, data) if data.streaming else StoredCorpus(source, data)
 
 
+def check_source(data: Data) -> None:
+    """Raise DataError when `data.source` is neither on this machine nor can be a hub id. Nothing of it is read."""
+    path = Path(data.source).expanduser().resolve()
+    if data.source != "stdlib" and not path.exists() and not hub.is_id(data.source):
+        raise DataError(f"data.source = {data.source}: {_absent(path)}")
+
+
 def _open_source(data: Data, cache: Path) -> Source:
+    check_source(data)
     path = Path(data.source).expanduser().resolve()
     if data.source == "stdlib":
         return stdlib_source()
     if path.exists():
         return _file_source(path, data, storage=cache / "datasets")
-    hint = f"no such file or folder{nearest_names(path)}"
-    if not HUB_ID.fullmatch(data.source):
-        raise DataError(f"data.source = {data.source}: {hint}")
-    return hub_table(data, hint=f"; on this machine: {hint}")
+    return hub_table(data, hint=f"; on this machine: {_absent(path)}")
+
+
+def _absent(path: Path) -> str:
+    return f"no such file or folder{nearest_names(path)}"
 
 
 def _file_source(path: Path, data: Data, *, storage: Path) -> Source:

@@ -41,14 +41,17 @@ def encode_documents(documents: Iterable[Document], tokenizer: PreTrainedTokeniz
 
 
 class Encoder:
-    """A private copy of a tokenizer, set to plain text: no special tokens, truncation or padding."""
+    """A private copy of a tokenizer, set to plain text: no special tokens, truncation or padding.
+
+    `before` and `after` are the ids it sets around a text: one or none each.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if begin is None and end is None:
             raise DataError("the tokenizer has neither a bos_token nor an eos_token to separate documents; set one")
-        self._before = [] if begin is None or begin == end else [begin]
-        self._after = [] if end is None else [end]
+        self.before = [] if begin is None or begin == end else [begin]
+        self.after = [] if end is None else [end]
         self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -62,9 +65,9 @@ class Encoder:
         else:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         for document, encoding in zip(documents, encodings, strict=True):
-            ids_L = np.array([*self._before, *encoding.ids, *self._after], dtype=np.uint32)
+            ids_L = np.array([*self.before, *encoding.ids, *self.after], dtype=np.uint32)
             bytes_L = np.zeros(len(ids_L), dtype=np.uint32)
-            inside = slice(len(self._before), len(ids_L) - len(self._after))
+            inside = slice(len(self.before), len(ids_L) - len(self.after))
             if self._bytes_V is not None:
                 bytes_L[inside] = self._bytes_V[ids_L[inside]]
             else:

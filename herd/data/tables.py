@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.data.sources import CountingReader, Cursor, Document, Source
+from herd.run import hub
 from herd.run.errors import DataError, HerdError
+from herd.run.files import disk_faults
 from herd.run.schema import Data
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def file_table(loader: str, paths: list[Path], data: Data, *, root: Path, storag
     ordered = sorted(path for path in paths if path.stat().st_size > 0)
     listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in ordered)
     name = root.name if root.is_file() else f"{root.name}:{loader}"
-    with one_line(name), _quiet():
+    with one_line(name), _quiet(), disk_faults(storage):
         files = [str(path) for path in ordered]
         builder = datasets.load_dataset_builder(loader, data_files=files, cache_dir=str(storage))
         return _table(builder, name, f"{loader}\n{listing}\n{data.text_field}", "train", data)
@@ -101,12 +103,13 @@ def file_table(loader: str, paths: list[Path], data: Data, *, root: Path, storag
 def hub_table(data: Data, *, hint: str) -> Source:
     """A dataset of the hub by its id (with `data.subset` and `data.split`); `hint` is added when it cannot be read.
 
-    Raises DataError when it cannot be reached, has no such subset or split, or no such text field.
+    Raises DataError when it is not there, has no such subset or split, or no such text field; EnvironmentFault when the
+    hub does not answer.
     """
     import datasets
 
     name = f"{data.source}:{data.split}" if data.subset is None else f"{data.source}/{data.subset}:{data.split}"
-    with one_line(name, hint=hint):
+    with one_line(name, hint=hint), hub.asked(f"data.source = {data.source}", source=data.source, hint=hint):
         builder = datasets.load_dataset_builder(data.source, data.subset)
         # The hash names the subset and the commit (or the files' etags) it was resolved to.
         return _table(builder, name, f"hub\n{name}\n{builder.hash}\n{data.text_field}", data.split, data)

@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from herd.data.corpora import HUB_ID, nearest_names
+from herd.data.corpora import nearest_names
 from herd.data.special_tokens import STOPS
-from herd.run.errors import DataError
+from herd.run import hub
+from herd.run.errors import DataError, HerdError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -28,23 +29,33 @@ PROBE = (
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load from a folder or by hub id; never runs a repository's code.
 
-    Raises DataError for a missing folder, a folder without tokenizer files, files that cannot be read, and tokenizers
-    that have no fast (`tokenizers`) form.
+    Raises DataError as `check_path` does, for files that cannot be read, and for tokenizers that have no fast
+    (`tokenizers`) form; EnvironmentFault for a hub that does not answer.
     """
+    check_path(path)
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise DataError(f"tokenizer {path}: none of {', '.join(TOKENIZER_FILES)} in that folder (there is {there})")
-    if not folder.exists() and not HUB_ID.fullmatch(str(path)):
-        raise DataError(f"tokenizer {path}: no such folder{nearest_names(folder)}")
+    source = str(folder) if folder.exists() else str(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        with hub.asked(f"tokenizer {path}", source=source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except HerdError:
+        raise
     except Exception as fault:  # `tokenizers` raises bare Exception for files it cannot parse
         line = " ".join(str(fault).split())[:300]
         raise DataError(f"tokenizer {path} cannot be loaded: {line or type(fault).__name__}") from fault
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {path} has no fast form (tokenizer.json); convert it with `transformers` first")
     return tokenizer
+
+
+def check_path(path: str | Path) -> None:
+    """Raise DataError for a folder without tokenizer files, and for what is neither here nor can be a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise DataError(f"tokenizer {path}: none of {', '.join(TOKENIZER_FILES)} in that folder (there is {there})")
+    if not folder.exists() and not hub.is_id(str(path)):
+        raise DataError(f"tokenizer {path}: no such folder{nearest_names(folder)}")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -31,7 +31,7 @@ class RouterTap:
         self._logits: dict[int, Tensor] = {}
         self._handles = [
             router.register_forward_hook(self._keep(layer, index))
-            for layer, (router, index) in enumerate(_routers(model))
+            for layer, (router, index) in enumerate(routers(model))
         ]
 
     @property
@@ -143,7 +143,7 @@ def _sum_over_ranks(counts: list[Tensor], group: ProcessGroup | None) -> None:
         torch._foreach_copy_(counts, list(flat.split([len(counts_E) for counts_E in counts])))
 
 
-def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+def routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """Yield every module transformers would record router logits from, and where in its output they are."""
     seen: set[int] = set()
     for owner in model.modules():

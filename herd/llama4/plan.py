@@ -16,6 +16,7 @@ from typing import Literal
 from transformers import Llama4TextConfig, PreTrainedConfig
 
 from herd.llama4.counts import Counts, count, forward_flops, kv_bytes, parameter_kind, parameter_shapes, training_flops
+from herd.run.config_checks import divisors, use
 from herd.run.errors import ConfigError
 
 H100_BF16_FLOPS = 989e12  # dense peak of one device
@@ -131,7 +132,7 @@ def plan(config: Llama4TextConfig, setup: Setup) -> Plan:
         gathered=_largest_layer(config, setup.expert_parallel) * width if setup.zero == 3 else 0,
         activations=sum(layers) * tokens * trained,
         activations_recomputed=(layer_inputs * width + max(layers)) * tokens * trained,
-        logits=3 * min(setup.chunk_tokens, tokens) * config.vocab_size * _FP32,
+        logits=2 * min(setup.chunk_tokens, tokens) * config.vocab_size * width,
         kv_cache=kv_bytes(config, setup.sequence_length, bytes_per_value=width),
         flops_per_token=cost(config, setup.sequence_length),
     )
@@ -156,7 +157,7 @@ def state_bytes(
     if world_size % expert_parallel:
         raise ConfigError(
             f"parallel.expert_parallel = {expert_parallel} does not divide the {world_size} ranks; "
-            f"use one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
+            f"{use(divisors(world_size))}"
         )
     experts_divisible(config, expert_parallel)
     width = _BYTES[precision]
@@ -186,19 +187,18 @@ def tokens_per_day(
     return world_size * peak_flops * mfu * _SECONDS_A_DAY / flops_per_token
 
 
-def experts_divisible(config: PreTrainedConfig, expert_parallel: int) -> None:
+def experts_divisible(config: PreTrainedConfig, expert_parallel: int, *, model: str = "the model") -> None:
     """Raise ConfigError unless `expert_parallel` ranks can share the experts of `config` evenly.
 
-    A model without experts has none to share, and passes.
+    A model without experts has none to share, and passes. `model` is what the line calls it.
     """
     fields = config.get_text_config().to_dict()
     for field in _EXPERT_FIELDS:
         experts = fields.get(field)
         if experts and experts % expert_parallel:
-            sizes = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
             raise ConfigError(
-                f"parallel.expert_parallel = {expert_parallel} does not divide the {experts} experts "
-                f"({field}) of the model; use one of {sizes}"
+                f"parallel.expert_parallel = {expert_parallel} does not divide the {experts} experts ({field}) "
+                f"of {model}; {use(divisors(experts))}"
             )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from herd.llama4.model import build
 from herd.llama4.specs import SPECS
+from herd.run import hub
 from herd.run.errors import ConfigError, DataError
 
 
@@ -34,13 +35,14 @@ def open_model(
 
     `overrides` and `vocabulary` (sizes and special ids) apply to specs only.
     Raises ConfigError for a name that is neither a spec nor a folder nor a hub id, and for overrides of a model that
-    exists; DataError for a folder that cannot be read.
+    exists; DataError for a folder that cannot be read; EnvironmentFault for a hub that does not answer.
     """
     if is_spec(source):
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
     _check_existing(source, overrides)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with hub.asked(f"model {source}", source=source):
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
         raise _unreadable(source, error) from error
     if info["missing_keys"]:  # transformers would start them at random
@@ -57,7 +59,8 @@ def read_config(
         return SPECS[source].config(**{**(vocabulary or {}), **(overrides or {})})
     _check_existing(source, overrides)
     try:
-        return AutoConfig.from_pretrained(source).get_text_config()
+        with hub.asked(f"model {source}", source=source):
+            return AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
 
@@ -68,7 +71,7 @@ def _check_existing(source: str, overrides: Mapping[str, Any] | None) -> None:
             f"overrides = {dict(overrides)}: only a model built from a spec can be changed, {source} exists already; "
             "remove the overrides or name a spec"
         )
-    if not Path(source).is_dir() and source.count("/") != 1:
+    if not Path(source).is_dir() and not (hub.is_id(source) and "/" in source):
         raise ConfigError(f"model source {source!r}: no such spec or folder; specs are {', '.join(SPECS)}")
 
 

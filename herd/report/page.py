@@ -123,6 +123,7 @@ def _environment(record: Record) -> list[tuple[str, str]]:
     """Name and value of what surrounded the run."""
     facts: dict[str, Any] = {
         "started": record.facts.get("started"),
+        "trained": record.facts.get("trained"),
         "finished": record.facts.get("finished"),
         "ranks": record.facts.get("world_size"),
         "git commit": record.facts.get("git_commit"),

@@ -23,7 +23,7 @@ def missing(record: Record) -> list[str]:
     """What a complete run would have and this one has not."""
     exported = [entry for entry in record.entries if entry.get("role") == "export"]
     wanted = [student for student in record.config.get("students", {}).values() if student.get("quantize")]
-    distilled = record.teacher_mode in ("codistill", "frozen")
+    distilled = record.teacher_mode in ("codistill", "frozen", "cached")
     checks = {
         "the configuration": not record.config,
         "training metrics": not record.steps,
@@ -92,6 +92,8 @@ def _how(record: Record) -> str:
             return f"trained {students} together with their teacher ({source})"
         case "frozen":
             return f"trained {students} from a frozen teacher ({source})"
+        case "cached":
+            return f"trained {students} from cached targets"
         case "none":
             return f"trained {students} without a teacher"
         case _:

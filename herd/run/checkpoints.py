@@ -1,7 +1,7 @@
 """Checkpoint folders: written aside by all ranks, complete or absent, every file hashed. Nothing of DeepSpeed here.
 
     with checkpoints.writing(run_folder, step, facts={"zero": 1}) as folder: ...     every rank writes its files in it
-    resume_from = checkpoints.resolve(run_folder, "auto")                            None: start fresh
+    checkpoints.verify(checkpoints.latest(run_folder))                               (`herd.run.resume` chooses one)
 
 checkpoints/step_000123/COMPLETE.json {"step", "world_size", <facts>, "files": {name: {"bytes", "sha256"}}}
 """
@@ -9,7 +9,6 @@ checkpoints/step_000123/COMPLETE.json {"step", "world_size", <facts>, "files": {
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from herd.run import files, ranks
-from herd.run.errors import ConfigError, DataError
+from herd.run.errors import DataError
 
 MARKER = "COMPLETE.json"
 FOLDER = "checkpoints"
@@ -30,7 +29,7 @@ ROOM = 1.05  # of the last checkpoint's size must be free before the next one st
 
 @contextmanager
 def writing(run_folder: Path, step: int, *, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """`begin`, then `complete`; on an error the half-written folder goes. A full disk is an EnvironmentFault."""
+    """`begin`, then `complete`; on an error the half-written folder goes. A full disk is a DiskFull."""
     folder = begin(run_folder, step)
     try:
         with files.disk_faults(folder):
@@ -44,7 +43,7 @@ def writing(run_folder: Path, step: int, *, facts: Mapping[str, Any]) -> Iterato
 def begin(run_folder: Path, step: int) -> Path:
     """The empty folder in which every rank writes its part of this step's checkpoint; a collective call.
 
-    Raises EnvironmentFault when less is free than the last checkpoint took.
+    Raises DiskFull when less is free than the last checkpoint took.
     """
     folder = run_folder / FOLDER / f".step_{step:06d}.tmp"
     if ranks.is_main():
@@ -91,10 +90,24 @@ def step_of(checkpoint: Path) -> int:
     return int(NAME.fullmatch(checkpoint.name).group(1))
 
 
+def all_folders(run_folder: Path) -> list[Path]:
+    """Every checkpoint's folder, complete or not, oldest first."""
+    found = (run_folder / FOLDER).glob("step_*")
+    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
 def all_complete(run_folder: Path) -> list[Path]:
-    """Checkpoints with a completeness marker, oldest first."""
-    found = [path for path in (run_folder / FOLDER).glob("step_*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / MARKER).is_file()), key=step_of)
+    """Checkpoints with a completeness marker that can be read, oldest first."""
+    return [path for path in all_folders(run_folder) if is_complete(path)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True when the folder's marker can be read; its other files are not looked at."""
+    try:
+        _marker(checkpoint)
+    except DataError:
+        return False
+    return True
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -168,57 +181,9 @@ def clean(run_folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def resolve(run_folder: Path, resume: str) -> Path | None:
-    """The verified checkpoint to start from, None for a fresh start; a collective call, the same on every rank.
-
-    `never`: fresh, and only into an empty folder. `auto`: the newest whole one, fresh when there is none at all.
-    `latest`: the same, but one must exist. Anything else is a checkpoint's path. Damaged ones are passed over with a
-    line on stderr, unless named. Raises ConfigError for what does not fit the folder, DataError for damage.
-    """
-    if resume == "never":
-        if run_folder.is_dir() and any(run_folder.iterdir()):
-            raise ConfigError(
-                f"{run_folder} is not empty: go on with it by --resume auto, or start another with --set run.name=NEW"
-            )
-        return None
-    if resume not in ("auto", "latest"):
-        return _named(run_folder, Path(resume))
-    candidates = all_complete(run_folder)
-    if not candidates and resume == "latest":
-        raise ConfigError(f"--resume latest: {run_folder} holds no checkpoint; --resume auto starts fresh then")
-    for checkpoint in reversed(candidates):
-        try:
-            verify(checkpoint)
-            return checkpoint
-        except DataError as error:
-            if ranks.is_main():
-                cause = str(error).partition(";")[0]
-                print(f"warning: damaged checkpoint passed over: {cause}", file=sys.stderr, flush=True)
-    if candidates:
-        raise DataError(
-            f"{run_folder / FOLDER}: every checkpoint is damaged; start another run with --set run.name=NEW, "
-            "or delete that folder to start this one again"
-        )
-    return None
-
-
 def never_stepped(run_folder: Path) -> bool:
     """True for the folder of a run that was set up and took no step: there is nothing in it to lose."""
     names = [path.name for path in run_folder.iterdir()] if run_folder.is_dir() else []
     metrics = run_folder / "metrics.jsonl"
     set_up_only = "config.yaml" in names and all(BEFORE_A_STEP.fullmatch(name) for name in names)
     return set_up_only and not all_complete(run_folder) and not (metrics.exists() and metrics.stat().st_size)
-
-
-def _named(run_folder: Path, path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError(f"--resume {path}: no such folder; it takes auto, latest, never or a checkpoint's path")
-    if NAME.fullmatch(path.name) is None:
-        raise ConfigError(f"--resume {path}: no checkpoint; those are {run_folder / FOLDER}/step_...")
-    inside = path.resolve().is_relative_to(run_folder.resolve())
-    if not inside and run_folder.is_dir() and any(run_folder.iterdir()):
-        raise ConfigError(
-            f"--resume {path}: of another run, and {run_folder} is not empty; start a new one with --set run.name=NEW"
-        )
-    verify(path)
-    return path

@@ -7,8 +7,6 @@ return cli.main_guard(lambda: run(arguments))            # sys.exit takes the re
 
 import argparse
 import difflib
-import os
-import shlex
 import sys
 import time
 import traceback
@@ -16,11 +14,14 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from herd.run import errors, files, launcher
+from herd.run import errors, files, last_words, launcher
+from herd.run.command_line import command_line as command_line  # part of this module's face
 
 PACKAGE = "herd-workbench"
 UNEXPECTED, ABORTED = 1, 130  # a bug, with its traceback; Ctrl-C where nothing could be saved
-FOLLOWER_PAUSE_S = 3.0  # longer than the second in which launchers notice that a rank has gone
+PLANNING = ("--world-size", "--mfu")  # mean something beside --dry-run only
+MAIN_PAUSE_S = 3.0  # longer than the second in which launchers notice that a rank has gone
+FOLLOWER_PAUSE_S = 10.0  # longer than rank 0 is behind the others on a busy machine
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,13 +36,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(errors.USAGE, f"error: {message} ({self.prog} --help lists the flags)\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's, with a suggestion for an unknown flag (found first: it may be a required one)."""
-        for word in sys.argv[1:] if args is None else args:
-            flag = word.partition("=")[0]
+        """As ArgumentParser's, with a suggestion for an unknown flag (found first: it may be a required one).
+
+        A flag that only plans is refused where nothing is planned.
+        """
+        flags = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        for flag in flags:
             if flag.startswith("--") and flag not in ("--", *self._option_string_actions):
                 near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"{flag}: unknown{f'; did you mean {near[0]}?' if near else ''}")
-        return super().parse_args(args, namespace)
+        found = super().parse_args(args, namespace)
+        for flag in PLANNING:
+            if flag in flags and not found.dry_run:
+                self.error(f"{flag}: plans only and changes no run; add --dry-run, or leave it out")
+        return found
 
 
 class _Refuse(argparse.Action):
@@ -144,27 +152,11 @@ def _share(text: str) -> float:
     return value
 
 
-def command_line(module: str, argv: Sequence[str] | None = None) -> str:
-    """What to type to run this again, launcher included."""
-    given = sys.argv[1:] if argv is None else argv
-    words = [word for word in given if not word.startswith(("--local_rank=", "--local-rank="))]
-    local = launcher.local_size()
-    if "LOCAL_SIZE" in os.environ:  # set by DeepSpeed's launcher
-        nodes = launcher.world_size() // local
-        start = ["deepspeed", *(["--num_nodes", str(nodes)] if nodes > 1 else []), "--num_accelerators", str(local)]
-        start += ["--module", module]
-    elif "LOCAL_WORLD_SIZE" in os.environ:
-        start = ["torchrun", "--nproc_per_node", str(local), "-m", module]
-    else:
-        start = ["python", "-m", module]
-    return shlex.join([*start, *words])
-
-
 def main_guard(body: Callable[[], None]) -> int:
     """Run a command's body and return its exit code; the user's mistakes become one line on stderr, bugs a traceback.
 
     Rank 0 speaks for errors that all ranks meet: the others wait until the launcher has ended them, and speak only
-    if it has not, because then the error is theirs alone. It also makes rank 0's exit code the launcher's.
+    if it has not and nobody has said the same. It also makes rank 0's exit code the launcher's.
     """
     try:
         body()
@@ -174,12 +166,14 @@ def main_guard(body: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _leave("interrupted; nothing was saved since the last checkpoint", ABORTED)
     except Exception as error:
-        cause = files.no_room(error)
-        if cause is not None:
-            place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-            return _leave(f"error: {cause}{place}; free some space, or move run.folder", errors.ENVIRONMENT)
-        traceback.print_exc()
-        time.sleep(FOLLOWER_PAUSE_S if launcher.world_size() > 1 else 0.0)  # a rank with a cause to name leaves first
+        full = files.full_disk(error)
+        if full is not None:
+            return _leave(f"error: {full}", full.exit_code)
+        if launcher.world_size() > 1:  # a rank with a cause to name leaves first
+            time.sleep(MAIN_PAUSE_S if launcher.is_main() else FOLLOWER_PAUSE_S)
+        trace = traceback.format_exc()
+        if last_words.first(trace):
+            print(trace, end="", file=sys.stderr, flush=True)
         return UNEXPECTED
     return errors.DONE
 
@@ -187,6 +181,7 @@ def main_guard(body: Callable[[], None]) -> int:
 def _leave(message: str, code: int) -> int:
     if not launcher.is_main():
         time.sleep(FOLLOWER_PAUSE_S)
-        message = f"rank {launcher.rank()}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    if last_words.first(message):
+        rank = "" if launcher.is_main() else f"rank {launcher.rank()}: "
+        print(f"{rank}{message}", file=sys.stderr, flush=True)
     return code

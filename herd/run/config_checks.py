@@ -3,13 +3,13 @@
 for line in faults(config): ...        micro_rows, accumulation = split_batch(config, world_size=2)
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
-from herd.run import deepspeed_config
+from herd.run import deepspeed_config, learning_checks
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
-WITH_PARAMETER = ("jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl")
 RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
 
 
@@ -18,18 +18,18 @@ def faults(config: Config) -> Iterator[str]:
     for name in sorted(set(RESERVED) & set(config.students)):
         yield f"students.{name}: this name is the teacher's; choose another"
     if config.teacher.head_start and config.teacher.mode != "codistill":
-        yield (
-            f"teacher.head_start = {config.teacher.head_start}: a {config.teacher.mode} teacher does not train; "
-            "set it to 0, or teacher.mode to codistill"
-        )
-    loss = config.loss
-    if loss.divergence_parameter is not None and loss.divergence not in WITH_PARAMETER:
-        yield (
-            f"loss.divergence_parameter = {loss.divergence_parameter:g}: {loss.divergence} has none; leave it out, or "
-            f"set loss.divergence to one of {', '.join(WITH_PARAMETER)}"
-        )
-    if loss.divergence_parameter == 1 and loss.divergence.startswith("skew"):
-        yield f"loss.divergence_parameter = 1: {loss.divergence} is zero everywhere at 1; use less"
+        none = "there is no teacher to give one (teacher.mode = none)"
+        cause = none if config.teacher.mode == "none" else f"a {config.teacher.mode} teacher does not train"
+        yield f"teacher.head_start = {config.teacher.head_start}: {cause}; set it to 0, or teacher.mode to codistill"
+    for name, student in config.students.items():
+        counts = Counter(quantize.scheme for quantize in student.quantize)
+        for scheme, count in counts.items():
+            if count > 1:
+                yield (
+                    f"students.{name}.quantize: {scheme} is listed {count} times, and each would be the export "
+                    f"{export_name(name, scheme)}; keep one"
+                )
+    yield from learning_checks.faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (
@@ -41,7 +41,7 @@ def faults(config: Config) -> Iterator[str]:
     if batch.micro_rows is not None and batch.rows % batch.micro_rows:
         yield (
             f"batch.micro_rows = {batch.micro_rows}: must divide batch.rows = {batch.rows} at any number of ranks; "
-            f"use one of {_listed(_divisors(batch.rows))}"
+            f"{use(divisors(batch.rows))}"
         )
     yield from deepspeed_config.conflicts(config.deepspeed.extra)
 
@@ -64,16 +64,17 @@ def split_batch(config: Config, world_size: int) -> tuple[int, int]:
     if rows % world_size:
         below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
         near = f"{below} or {above}" if below else f"{above}"
+        counts = divisors(rows)
         raise ConfigError(
-            f"batch.rows = {rows}: {equation} does not hold on {world_size} ranks; "
-            f"set batch.rows to a multiple of {world_size} (such as {near}), or start {_listed(_divisors(rows))} ranks"
+            f"batch.rows = {rows}: {equation} does not hold on {world_size} ranks; set batch.rows to a multiple of "
+            f"{world_size} (such as {near}), or start {_listed(counts)} {'rank' if counts == [1] else 'ranks'}"
         )
     per_rank = rows // world_size
     micro_rows = per_rank if micro_rows is None else micro_rows
     if per_rank % micro_rows:
         raise ConfigError(
             f"batch.micro_rows = {micro_rows}: {equation} does not hold, as each of {world_size} ranks has "
-            f"{rows} / {world_size} = {per_rank} rows; use one of {_listed(_divisors(per_rank))}"
+            f"{rows} / {world_size} = {per_rank} rows; {use(divisors(per_rank))}"
         )
     check_expert_parallel(config, world_size)
     return micro_rows, per_rank // micro_rows
@@ -84,14 +85,24 @@ def check_expert_parallel(config: Config, world_size: int) -> None:
     size = config.parallel.expert_parallel
     if world_size % size:
         raise ConfigError(
-            f"parallel.expert_parallel = {size}: must divide the {world_size} ranks; "
-            f"use one of {_listed(_divisors(world_size))}"
+            f"parallel.expert_parallel = {size}: must divide the {world_size} ranks; {use(divisors(world_size))}"
         )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Whole numbers that divide `number`, ascending."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+def use(values: list[int]) -> str:
+    """The mend of a number that must be one of `values`: `use one of 1, 2, 4`, or `use 1`."""
+    return f"use one of {_listed(values)}" if len(values) > 1 else f"use {values[0]}"
+
+
+def export_name(student: str, scheme: str) -> str:
+    """What the export of a student is called, in its run's folder and in MLflow."""
+    return f"{student}-{scheme}"
 
 
 def _listed(values: list[int]) -> str:

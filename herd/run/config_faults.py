@@ -56,7 +56,7 @@ def _explain_one(details: ErrorDetails) -> tuple[str, str]:
     if kind == "missing":
         return path, f"{path}: missing; give a value ({_meaning(section, shown[-1])})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tags = ", ".join(_tags(section.model_fields[shown[-1]].annotation))
+        tags = ", ".join(_tags(_annotation_at(shown)))
         fault = f" = {context['tag']}" if "tag" in context else " is missing"
         return path, f"{path}.kind{fault}: must be one of {tags}"
     if kind == "value_error":
@@ -86,8 +86,26 @@ def walk(location: Location) -> tuple[Location, type[Section]]:
     return tuple(shown), holder
 
 
+def _annotation_at(shown: Location) -> Any:
+    """What the value at this path is declared to be."""
+    annotation: Any = Config
+    for part in shown:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            annotation = annotation.model_fields[part].annotation
+        else:
+            annotation = get_args(annotation)[-1]
+        annotation = _bare(annotation)
+    return annotation
+
+
 def _bare(annotation: Any) -> Any:
-    return _bare(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
+    """The annotation without constraints and without "or None"."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        present = [member for member in get_args(annotation) if member is not type(None)]
+        return _bare(present[0]) if len(present) == 1 else annotation
+    return annotation
 
 
 def _tags(annotation: Any) -> dict[str, type[Section]]:

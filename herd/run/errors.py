@@ -4,6 +4,8 @@ Raise the class that fits; `herd.run.cli.main` prints the line on stderr and exi
 A message names the field, the value, what is allowed and the mend.
 """
 
+from pathlib import Path
+
 DONE = 0
 USAGE = 2
 ENVIRONMENT = 3
@@ -28,6 +30,14 @@ class EnvironmentFault(HerdError):
     """The machine lacks something: a compiler, a port, disk, a reachable server."""
 
     exit_code = ENVIRONMENT
+
+
+class DiskFull(EnvironmentFault):
+    """A disk, a quota or a file-size limit used up at `place`, a file or folder; None where it is not known."""
+
+    def __init__(self, message: str, place: Path | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class DataError(HerdError):

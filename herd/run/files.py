@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from herd.run.errors import EnvironmentFault
+from herd.run.errors import DiskFull, HerdError
 
 GB = 1e9
 NO_ROOM = {
@@ -31,13 +31,14 @@ NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
 
-    Raises EnvironmentFault when the disk is full; nothing is left behind then.
+    Raises DiskFull when there is no room; nothing is left behind then.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with disk_faults(path), temporary.open("wb") as stream:
-            stream.write(data.encode() if isinstance(data, str) else data)
+        content = data.encode() if isinstance(data, str) else data
+        with disk_faults(path, needed=len(content)), temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -53,7 +54,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
     Every file is flushed first. Where the kernel can exchange two names at once (Linux, local file systems) `final`
     is whole at every moment; elsewhere it is absent for the time between two renames.
     """
-    with disk_faults(temporary):
+    with disk_faults(final):
         for path in sorted(temporary.rglob("*")):
             sync_folder(path) if path.is_dir() else sync_file(path)
         sync_folder(temporary)
@@ -110,15 +111,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, *, what: str) -> None:
-    """Raise EnvironmentFault unless `needed` bytes are free where `folder` lies (or its nearest existing parent)."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Raise DiskFull unless `needed` bytes are free where `folder` lies (or its nearest existing parent)."""
+    place, free = _free(folder)
     if free < needed:
-        raise EnvironmentFault(
-            f"{what} needs {needed / GB:,.2f} GB, {free / GB:,.2f} GB free at {place}; free some, or move run.folder"
-        )
+        raise DiskFull(f"{what} needs {size(needed)}, {size(free)} free at {place}; free some", folder)
+
+
+def _free(path: Path) -> tuple[Path, int]:
+    """The nearest existing folder above `path`, or itself, and the bytes free there."""
+    place = Path(path).absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
+
+
+def size(num_bytes: int) -> str:
+    """0.5 kB, 12.3 MB, 1,234.56 GB (decimal units)."""
+    if num_bytes >= GB:
+        return f"{num_bytes / GB:,.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def sha256(path: Path) -> str:
@@ -128,19 +139,46 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk met inside, also by torch.save or safetensors, into an EnvironmentFault that names `path`."""
+def disk_faults(path: Path, *, needed: int | None = None, mend: str = "") -> Iterator[None]:
+    """Turn a full disk met inside, also by torch.save or safetensors, into a DiskFull that names `path`.
+
+    `needed`: bytes being written, where known. `mend`: what helps besides free space, for a disk that is full at
+    `path` or below; whoever knows the command gives it, around what may name the place more closely.
+    """
     try:
         yield
     except Exception as error:
-        cause = no_room(error)
-        if cause is None:
+        full = full_disk(error, path, needed=needed)
+        if full is None:
             raise
-        raise EnvironmentFault(f"cannot write {path}: {cause}; free some space there, or move run.folder") from error
+        inside = full.place is not None and full.place.absolute().is_relative_to(path.absolute())
+        raise DiskFull(f"{full}, or {mend}" if mend and inside else str(full), full.place) from error
 
 
-def no_room(error: Exception) -> str | None:
-    """What stopped a write, when it was want of space; None for every other error."""
+def full_disk(error: Exception, path: Path | None = None, *, needed: int | None = None) -> DiskFull | None:
+    """The DiskFull that an error met while writing `path` amounts to; None for every other error."""
+    if isinstance(error, DiskFull):
+        return error
+    cause = None if isinstance(error, HerdError) else no_room(error)
+    if cause is None:
+        return None
+    named = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else None
+    beside = path is not None and named is not None and named.absolute().is_relative_to(path.absolute().parent)
+    place = named if named is not None and not beside else path
+    if place is None:
+        return DiskFull(f"{cause}; free some space", None)
+    folder, free = _free(place)
+    facts = [] if needed is None else [f"{size(needed)} to write"]
+    if cause == NO_ROOM[errno.ENOSPC]:  # a quota or a limit is not what the disk has
+        facts.append(f"{size(free)} free" + ("" if folder == place.absolute() else f" at {folder}"))
+    shown = f" ({', '.join(facts)})" if facts else ""
+    return DiskFull(f"cannot write {place}: {cause}{shown}; free some space there", place)
+
+
+def no_room(error: BaseException) -> str | None:
+    """What stopped a write, when it was want of space (of this error or of its causes); None for every other error."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return NO_ROOM[error.errno]
-    return NO_ROOM[errno.ENOSPC] if NO_ROOM_TEXT.search(str(error)) else None
+    if NO_ROOM_TEXT.search(str(error)):
+        return NO_ROOM[errno.ENOSPC]
+    return None if error.__cause__ is None else no_room(error.__cause__)

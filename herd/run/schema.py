@@ -8,16 +8,11 @@ Unknown keys are refused, nothing is changed after validation, no torch is impor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """A part of the tree: unknown keys fail, values are frozen, docs come from the strings below fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from herd.run.comparisons import CrossTokenizer, Feature
+from herd.run.section import Fraction, Name, Section
+from herd.run.weighting import LeadAlpha, Weighting
 
 
 class Run(Section):
@@ -102,10 +97,20 @@ class Model(Section):
     """Peak learning rate of this model, in place of `optim.lr`."""
 
 
+class TargetCache(Section):
+    path: Path
+    """Folder of the cache. `codistill` and `frozen` write through to it, `cached` reads it."""
+    codec: str = "head_and_tail=14"
+    """What is kept of a token in a cache this run makes: `head_and_tail=N`, `rs_kd=N` or `top_k=N` classes."""
+    missing: Literal["refuse", "hard", "forward"] = "refuse"
+    """Rows without a target (`cached`): `refuse` names the command that makes them, `hard` learns their labels alone,
+    `forward` has teacher.source make them and keeps them."""
+
+
 class Teacher(Section):
-    mode: Literal["codistill", "frozen", "none"] = "codistill"
+    mode: Literal["codistill", "frozen", "cached", "none"] = "codistill"
     """`codistill`: trains beside the students, its training forward is their target. `frozen`: only read.
-    `none`: the control, students learn from hard targets alone."""
+    `cached`: read from a cache of targets. `none`: the control, students learn from hard targets alone."""
     source: str = "behemoth-nano"
     """A spec, a model folder, or a hub id; a folder starts co-distillation from that checkpoint."""
     overrides: dict[str, Any] = {}
@@ -114,6 +119,8 @@ class Teacher(Section):
     """As a student's."""
     head_start: int = Field(0, ge=0)
     """Steps the teacher trains alone before the students start (`codistill` only)."""
+    cache: TargetCache | None = None
+    """Soft targets on disk, written or read."""
 
 
 class Quantize(Section):
@@ -130,48 +137,6 @@ def _scheme_alone(value: Any) -> Any:
 class Student(Model):
     quantize: list[Annotated[Quantize, BeforeValidator(_scheme_alone)]] = []
     """Compressed exports made of this student after training: `int4`, `fp8`, or a mapping."""
-
-
-class ConstantAlpha(Section):
-    kind: Literal["constant"]
-    alpha: Fraction = 0.5
-    """Weight of the soft target; the hard one has 1 - alpha."""
-
-
-class ScheduledAlpha(Section):
-    kind: Literal["schedule"]
-    shape: Literal["linear", "cosine", "staged"] = "linear"
-    start: Fraction = 0.0
-    end: Fraction = 0.9
-    begin: Fraction = 0.0
-    """Share of the steps after which the change begins."""
-    until: Fraction = 1.0
-    """Share of the steps after which it is complete; `staged` jumps there."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ScheduledAlpha":
-        if self.begin > self.until:
-            raise ValueError(f"begin = {self.begin} is after until = {self.until}; put them in order")
-        return self
-
-
-class LeadAlpha(Section):
-    kind: Literal["lead"]
-    peak: Fraction = 0.9
-    """Weight of the soft target where the teacher is far ahead."""
-    margin: Fraction = 0.06
-    """Lead, as a share of the run's steps, up to which the teacher is not listened to at all (the dead zone)."""
-    width: float = Field(0.06, gt=0.0)
-    """Lead beyond the margin over which the weight rises to its peak."""
-    doubt: float = Field(0.9, ge=0.0, lt=1.0)
-    """Trust up to which the teacher is not listened to; the weight rises to its peak at trust 1."""
-    noise: float = Field(0.05, ge=0.0)
-    """Nats of advantage that are taken for none."""
-    horizon: float = Field(0.05, gt=0.0, le=1.0)
-    """Share of the run's steps the running means reach back."""
-
-
-Weighting = Annotated[ConstantAlpha | ScheduledAlpha | LeadAlpha, Field(discriminator="kind")]
 
 
 class Loss(Section):
@@ -192,8 +157,31 @@ class Loss(Section):
     """Coefficient of the squared log sum exp of the student's logits."""
     balance: float = Field(0.01, ge=0.0)
     """Coefficient of the experts' load-balancing loss."""
+    features: list[Feature] = []
+    """What else of the teacher a student learns from: its hidden states, attention relations, routers."""
+    cross_tokenizer: CrossTokenizer | None = None
+    """For a frozen teacher with a tokenizer of its own: how what it says of the same bytes is compared."""
     chunk_tokens: int | None = Field(None, gt=0)
-    """Tokens whose logits exist at one time; by default as many as make 8 MiB of them, 64 at least."""
+    """Tokens whose logits exist at one time; by default as many as make 16 MiB of them, 64 at least."""
+
+
+class Distil(Section):
+    kind: Literal["distil"]
+
+
+class OnPolicy(Section):
+    kind: Literal["on_policy"]
+    fraction: Fraction = 0.5
+    """Share of the micro-batches whose rows every student continues itself; the others are read as they are."""
+    prompt_tokens: int = Field(64, gt=0)
+    """First tokens of such a row that are kept; the student writes the rest."""
+    sample_temperature: float = Field(1.0, gt=0.0)
+    """Students sample from their distribution at this temperature."""
+    sample_rows: int | None = Field(None, gt=0)
+    """Rows a rank writes at one time, by default all of a step's; lower it when their key-value cache does not fit."""
+
+
+Objective = Annotated[Distil | OnPolicy, Field(discriminator="kind")]
 
 
 class Parallel(Section):
@@ -231,6 +219,8 @@ class Config(Section):
     optim: Optim = Optim()
     teacher: Teacher = Teacher()
     students: dict[Name, Student] = Field(min_length=1)
+    objective: Objective = Distil(kind="distil")
+    """`distil`: students read the corpus. `on_policy`: they also write, and the teacher scores what they wrote."""
     loss: Loss = Loss()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()

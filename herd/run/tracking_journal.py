@@ -33,7 +33,10 @@ class Journal:
         self._warned = False
 
     def append(self, event: dict[str, Any]) -> None:
-        """Add `event`. A disk that refuses costs the event and one warning, never the run."""
+        """Add `event`. A disk that refuses costs the event and one warning, never the run.
+
+        Where the folder itself is gone nothing is said: whoever works in it stops on that, and says so.
+        """
         line = (json.dumps(event, default=str) + "\n").encode()
         try:
             with self._lock, self._locked() as descriptor:
@@ -45,7 +48,7 @@ class Journal:
                     os.ftruncate(descriptor, size)
                     raise OSError("the line was written in part")
         except OSError as error:
-            if not self._warned:
+            if not self._warned and self.path.parent.is_dir():
                 print(f"warning: {self.path} cannot be written ({error}); MLflow will miss events", file=sys.stderr)
             self._warned = True
 

@@ -77,7 +77,7 @@ class Worker(threading.Thread):
         except Unreachable as error:
             self._failures += 1
             self._next_send = time.monotonic() + min(2.0**self._failures, LONGEST_WAIT_S)
-            if self._failures == 1:
+            if self._failures == 1 and self.sender.folder.is_dir():  # as in Journal.append
                 self._say(f"warning: MLflow store {shown(self.sender.uri)}: {error}; the run goes on, events wait in")
         else:
             if self._failures:

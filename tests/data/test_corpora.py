@@ -134,6 +134,10 @@ def bad_sources(root: Path) -> dict[str, tuple[Data, str]]:
         "broken parquet": (Data(source=str(root / "broken.parquet")), r"broken\.parquet cannot be read: .*[Pp]arquet"),
         "no known format": (Data(source=str(root / "images")), r"there is \.png\); allowed: \.txt, \.md"),
         "nothing": (Data(source=str(root / "nothing")), "there is nothing"),
+        "file, not here": (
+            Data(source="texts/mine.jsonl"),
+            r"^data\.source = texts/mine\.jsonl: no such file or folder",
+        ),
         "hub": (Data(source="nobody/nothing"), "nobody/nothing.*no such file or folder"),
     }
 
@@ -152,6 +156,7 @@ def bad_sources(root: Path) -> dict[str, tuple[Data, str]]:
         "broken parquet",
         "no known format",
         "nothing",
+        "file, not here",
         "hub",
     ],
 )

@@ -6,12 +6,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from herd.data.corpora import open_corpus
 from herd.data.sources import Reader
 from herd.data.splits import PARTS
 from herd.data.tables import hub_table
-from herd.run.errors import DataError
+from herd.run.errors import DataError, DiskFull
 from herd.run.schema import Data
 
 SHARES = {"heldout_fraction": 0.3, "calibration_fraction": 0.3}
@@ -119,3 +120,14 @@ def test_an_unknown_split_names_those_there_are(streaming: bool, repository: Pat
     data = Data(source=str(repository), split="dev", text_field="body", streaming=streaming)
     with pytest.raises(DataError, match=r"data\.split = 'dev'.*train.*test"):
         hub_table(data, hint="")
+
+
+def test_a_copy_that_finds_no_room_is_a_full_disk_and_not_bad_data(tmp_path: Path, monkeypatch):
+    path = write(tmp_path, "jsonl", TEXTS)
+
+    def no_room(*_: object, **__: object) -> None:
+        raise DatasetGenerationError("An error occurred") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr("datasets.DatasetBuilder.download_and_prepare", no_room)
+    with pytest.raises(DiskFull, match=rf"^cannot write {tmp_path}/cache/datasets: the disk is full \("):
+        open_corpus(Data(source=str(path), text_field="body"), cache=tmp_path / "cache")

@@ -1,7 +1,10 @@
 """Digests name what a tokenizer does, differences are told in one line, and broken folders too."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from herd.data.special_tokens import BEGIN, END, PAD
 from herd.data.tokenizer import describe_difference, load_tokenizer, tokenizer_digest
 from herd.data.tokenizer_training import train_tokenizer
 from herd.run.errors import DataError
+from herd.run.ranks import free_port
 
 
 def edited(tokenizer: PreTrainedTokenizerFast, edit, **special: str) -> PreTrainedTokenizerFast:
@@ -118,3 +122,33 @@ def test_folders_that_cannot_be_loaded_are_told_in_one_line(tokenizer, tmp_path:
         with pytest.raises(DataError, match=expected) as caught:
             load_tokenizer(path)
         assert "\n" not in str(caught.value)
+
+
+UNREACHABLE = """
+import sys
+from herd.data.tokenizer import load_tokenizer
+from herd.run import cli
+print(len(load_tokenizer("herd/cached")))
+sys.exit(cli.main_guard(lambda: load_tokenizer("herd/absent")))
+"""
+
+
+def test_without_a_network_a_cached_tokenizer_loads_and_any_other_is_refused_at_once(tokenizer, tmp_path: Path):
+    repository = tmp_path / "hub" / "models--herd--cached"
+    commit = "0123456789" * 4
+    tokenizer.save_pretrained(repository / "snapshots" / commit)
+    (repository / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHABLE],
+        env=outside | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "512\n")
+    (line,) = done.stderr.splitlines()  # and no word of the hub's client about trying again
+    assert line.startswith(f"error: tokenizer herd/absent: the hub ({endpoint}) does not answer ([Errno 111]")

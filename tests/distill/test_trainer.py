@@ -3,22 +3,25 @@
 pytest tests/distill/test_trainer.py
 """
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill import session
 from distill.assembly import assemble
 from distill.diagnosis import first_fault
 from distill.loop import Loop, keep_steps
 from distill.objectives.codistillation import Herd
-from distill.plan import plan_run
+from distill.plan import plan_run, show
 from distill.session import prepare_folder, without_resume
 from herd.llama4.source import open_model
 from herd.run import config as configuration
 from herd.run import ranks
-from herd.run.errors import ConfigError, DataError, NumericalError
+from herd.run.errors import ConfigError, DataError, DiskFull, EnvironmentFault, NumericalError
 from herd.run.tracking import open_tracker
 
 SMALL = ["run.name=t", "teacher.head_start=0", "run.evaluate_every=2", "run.steps=3", "run.checkpoint_every=100"]
@@ -165,6 +168,18 @@ def test_a_sequence_longer_than_the_model_is_refused_by_the_run_and_by_its_plan(
         plan_run(config, world_size=1)
 
 
+@pytest.mark.parametrize("name", ["teacher", "maverick"])
+def test_experts_that_ranks_cannot_share_are_named_with_their_model(name, tmp_path, monkeypatch):
+    key, source = {"teacher": ("teacher", "behemoth-nano"), "maverick": ("students.maverick", "maverick-nano")}[name]
+    config = small_config(tmp_path, f"{key}.overrides.num_local_experts=3", "parallel.expert_parallel=2")
+    line = rf"does not divide the 3 experts \(num_local_experts\) of {name} \({source}\); use one of 1, 3$"
+    with pytest.raises(ConfigError, match=line):
+        plan_run(config, world_size=2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)  # models are opened before another rank is needed
+    with pytest.raises(ConfigError, match=line):
+        assemble(config, tmp_path)
+
+
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run\.folder: .* is a file, not a folder"):
@@ -209,6 +224,67 @@ def test_a_model_folder_is_planned_as_the_spec_it_was_built_from(parts, tmp_path
     assert from_folder.counts == from_spec.counts and from_folder.state == from_spec.state
     with pytest.raises(ConfigError, match="'scot-nano': no such spec or folder; specs are scout"):
         plan_run(small_config(tmp_path, "teacher.overrides={}", "teacher.source=scot-nano"), world_size=1)
+
+
+def test_a_full_disk_names_the_run_and_the_field_that_moves_it(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(session, "assemble", no_room)
+    config = small_config(tmp_path, "tracking.enabled=false")
+    mend = r"free some space there, or move the run to another disk \(run\.folder\)"
+    with pytest.raises(DiskFull, match=rf"^cannot write {tmp_path}/t: the disk is full \([^ ]+ .B free\); {mend}$"):
+        session.run(config, resume="never", command="")
+
+
+def test_a_model_that_will_not_fit_is_refused_before_a_byte_is_written(parts, tmp_path, monkeypatch):
+    assembly, _, _ = parts
+    monkeypatch.setattr("herd.run.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(DiskFull, match=rf"^the model scout needs [\d.]+ .B, 1\.0 kB free at {tmp_path}; free some"):
+        assembly.herd.pupils["scout"].member.export(tmp_path / "scout", tokenizer=assembly.tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", ["", "checkpoints/.step_000002.tmp"])
+def test_whatever_goes_wrong_in_a_deleted_run_folder_is_told_as_its_deletion(left, tmp_path, monkeypatch):
+    def delete(config, folder):
+        shutil.rmtree(folder)
+        if left:  # a checkpoint in writing made the folder anew
+            (folder / left).mkdir(parents=True)
+        raise RuntimeError("something of a library")
+
+    monkeypatch.setattr(session, "assemble", delete)
+    with pytest.raises(EnvironmentFault, match=rf"^{tmp_path}/t was deleted while the run was writing to it"):
+        session.run(small_config(tmp_path, "tracking.enabled=false"), resume="never", command="")
+
+
+def test_a_bug_in_a_run_whose_folder_is_there_stays_a_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "assemble", lambda config, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.run(small_config(tmp_path, "tracking.enabled=false"), resume="never", command="")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.source=/no/texts", r"^data\.source = /no/texts: no such file or folder \(nor a folder /no\)$"),
+        ("data.source=texts/mine.jsonl", r"^data\.source = texts/mine\.jsonl: no such file or folder"),
+        ("data.source=~/none/here", r"^data\.source = ~/none/here: no such file"),
+        ("tokenizer.path=./none", r"^tokenizer \./none: no such folder"),
+        ("tokenizer.path=herd/data", r"^tokenizer herd/data: none of tokenizer\.json, .* in that folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_is_not_there_as_the_run_does(override, line, tmp_path, capsys):
+    config = small_config(tmp_path, override)
+    for refused in (lambda: show(config, world_size=1, mfu=0.4), lambda: assemble(config, tmp_path)):
+        with pytest.raises(DataError, match=line):
+            refused()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_asks_nobody_about_what_may_be_on_the_hub(tmp_path, capsys):
+    show(small_config(tmp_path, "data.source=some/texts", "tokenizer.path=some/model"), world_size=1, mfu=0.4)
+    assert "data:\n  source: some/texts" in capsys.readouterr().out
 
 
 def test_lines_of_steps_after_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):

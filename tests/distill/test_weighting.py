@@ -32,7 +32,7 @@ def tokens(count=5):
     student_ce, teacher_ce, kl, entropy = torch.rand(4, count) * 5
     peak = torch.exp(-entropy)
     products = GradientProducts(torch.rand(count), torch.rand(count), torch.rand(count) / 2)
-    return TokenStats(student_ce, teacher_ce, kl, entropy, peak, peak.square, lambda: products)
+    return TokenStats(student_ce, teacher_ce, kl, entropy, peak, 17, peak.square, lambda: products)
 
 
 def follow(weight, gaps):

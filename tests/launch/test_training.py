@@ -5,6 +5,7 @@ pytest tests/launch/test_training.py            (two ranks on this machine; half
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -53,6 +54,9 @@ def test_a_stopped_run_exits_75_and_resumes_to_the_bits_of_an_uninterrupted_one(
     stopped = finish(process, tmp_path / "cut")
     assert stopped.code == 75, stopped.log
     assert "go on with: RESUME" in stopped.log
+    alone = launch(tmp_path / "cut", ranks=1, overrides=SHORT[:-1], resume="auto")
+    assert alone.code == 4, alone.log
+    assert "was written by 2 ranks, this run has 1: start it on 2 (deepspeed --num_accelerators 2, on" in alone.log
     resumed = launch(tmp_path / "cut", overrides=SHORT[:-1], resume="auto")
     assert resumed.code == 0, resumed.log
     assert len(resumed.metrics()) == len(whole.metrics()) == 6
@@ -91,3 +95,13 @@ def test_an_impossible_run_ends_with_one_line_and_its_code(overrides, code, word
 def test_a_run_refused_before_its_first_step_leaves_no_folder_in_the_way_of_the_next_try(tmp_path):
     run = launch(tmp_path, ranks=1, overrides=["data.source=/no/such/folder"], train_only=False)
     assert run.code == 4 and not run.folder.exists(), run.log
+
+
+def test_a_run_whose_folder_is_deleted_ends_with_one_line(tmp_path):
+    process = start(tmp_path, overrides=["run.steps=10000", "run.evaluate_every=0"], train_only=False)
+    wait_for_step(process, tmp_path, 2)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)  # the run may be writing into it
+    run = finish(process, tmp_path)
+    assert run.code == 3, run.log
+    (line,) = [line for line in run.log.splitlines() if not line.startswith(("[", "step "))]  # the launcher's; progress
+    assert line.startswith(f"error: {tmp_path / 'run'} was deleted while the run was writing to it; "), run.log

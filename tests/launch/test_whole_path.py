@@ -4,6 +4,7 @@ pytest tests/launch/test_whole_path.py
 """
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def test_the_report_is_self_contained(herd):
     page = (herd.folder / "report.html").read_text()
     assert "scout-int4" in page and 'src="http' not in page and "<link" not in page
     assert len(list((herd.folder / "plots").glob("*.png"))) >= 5
+
+
+def test_the_run_is_finished_after_its_evaluation_and_the_report_says_when(herd):
+    record = json.loads((herd.folder / "run.json").read_text())
+    evaluated = datetime.fromtimestamp((herd.folder / "evals.json").stat().st_mtime, UTC).isoformat(timespec="seconds")
+    assert record["started"] < record["trained"] < evaluated <= record["finished"]
+    assert f"<dt>finished</dt><dd>{record['finished']}</dd>" in (herd.folder / "report.html").read_text()
 
 
 def test_mlflow_holds_the_run_tree_and_the_registered_models(herd):

@@ -137,5 +137,5 @@ def test_router_logits_are_tapped_and_recorded_under_deepspeed(name, two_ranks):
 def test_experts_that_do_not_divide_are_refused_with_the_sizes_that_do():
     experts_divisible(SPECS["scout-nano"].config(), 4)
     experts_divisible(SPECS["maverick"].full_config(), 64)
-    with pytest.raises(ConfigError, match="1, 2, 4, 8, 16"):
-        experts_divisible(SPECS["scout"].config(), 3)
+    with pytest.raises(ConfigError, match=r"the 16 experts \(num_local_experts\) of scout; use one of 1, 2, 4, 8, 16$"):
+        experts_divisible(SPECS["scout"].config(), 3, model="scout")

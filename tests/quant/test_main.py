@@ -1,6 +1,8 @@
 """`python -m quant`: plans, exports, tracks, and answers mistakes with one line and the right exit code."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,26 @@ def test_an_existing_folder_is_refused_before_any_work(folders, tmp_path, capsys
     (tmp_path / "out").mkdir()
     assert main(command(folders, tmp_path)) == 2
     assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_folder_and_the_flag_that_moves_it(folders, tmp_path, capsys, monkeypatch):
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quant.exports.write_shards", no_room)
+    assert main(command(folders, tmp_path, "--group-size", "32")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'out'}: the disk is full (")
+    assert line.endswith(f" free at {tmp_path}); free some space there, or name an --out on another disk")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_will_not_fit_is_refused_with_the_bytes_it_needs(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("herd.run.files.shutil.disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert main(command(folders, tmp_path, "--group-size", "32")) == 3
+    line = capsys.readouterr().err.strip()
+    mend = "free some, or name an --out on another disk"
+    assert re.fullmatch(rf"error: the export out needs [\d.]+ MB, 1\.0 kB free at {tmp_path}; {mend}", line)
 
 
 def test_the_command_is_an_mlflow_run_with_the_model_and_its_lineage(folders, tmp_path, monkeypatch):

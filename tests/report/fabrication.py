@@ -139,5 +139,6 @@ def _facts() -> dict:
         "versions": {"python": "3.11.2", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"},
         "world_size": 2,
         "started": "2026-11-23T22:01:07Z",
+        "trained": "2026-11-23T22:08:12Z",
         "finished": "2026-11-23T22:10:41Z",
     }

@@ -130,6 +130,13 @@ def test_the_commands_and_the_configuration_are_there_to_copy(page: Path) -> Non
     assert (page.parent / "config.yaml").read_text() in text
 
 
+def test_the_end_of_training_and_of_the_run_are_both_shown(page: Path) -> None:
+    html = page.read_text()
+    for name in ("started", "trained", "finished"):
+        moment = json.loads((page.parent / "run.json").read_text())[name]
+        assert f"<dt>{name}</dt><dd>{moment}</dd>" in html
+
+
 def test_names_from_a_run_are_text_and_not_markup(tmp_path: Path) -> None:
     folder = fabricate_run(tmp_path / "nano", steps=2)
     without(folder, "metrics.jsonl")

@@ -1,11 +1,14 @@
 """What the plots are drawn from: best trades, label places, averages, shares of time."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.colors import to_rgb
 from scipy.optimize import minimize
 
 from herd.report.plots import alpha, experts, losses, quality, throughput
@@ -93,3 +96,37 @@ def test_end_labels_do_not_overlap(record, size) -> None:
     assert len(boxes) == 3
     assert all(lower.y1 <= upper.y0 for lower, upper in pairwise(boxes))
     assert max(box.x1 for box in boxes) <= figure.bbox.width
+
+
+def luminance(colour) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.1)."""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+DEAD = {(0, 3), (0, 4), (2, 15)}
+
+
+@pytest.fixture(scope="module")
+def hungry(record):
+    """The run, with some experts of every model that receive nothing."""
+    steps = [dict(step) for step in record.steps]
+    for step in steps:
+        for key in [key for key in step if key.endswith("/load")]:
+            load_LE = np.array(step[key])
+            load_LE[tuple(zip(*DEAD, strict=True))] = 0
+            step[key] = load_LE.tolist()
+    return replace(record, steps=steps)
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_every_expert_without_a_token_has_a_cross_inside_its_cell_that_stands_out(hungry, size) -> None:
+    for axes in experts.draw(hungry, size).axes[: len(hungry.models)]:
+        (cells,) = [found for found in axes.collections if isinstance(found, QuadMesh)]
+        (crosses,) = [found for found in axes.collections if isinstance(found, LineCollection)]
+        strokes = np.floor(crosses.get_segments()).astype(int)  # the (expert, layer) cells of both ends
+        assert (strokes[:, 0] == strokes[:, 1]).all()
+        assert sorted(map(tuple, strokes[:, 0, ::-1].tolist())) == sorted([*DEAD, *DEAD])
+        dark, light = sorted((luminance(crosses.get_color()[0]), luminance(cells.cmap(cells.norm(0.0)))))
+        assert (light + 0.05) / (dark + 0.05) > 7  # WCAG's highest level

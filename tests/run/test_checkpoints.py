@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, every damaged byte found, and which one a run starts from."""
+"""Checkpoint folders: complete or absent, every damaged byte found."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd.run import checkpoints
-from herd.run.errors import ConfigError, DataError, EnvironmentFault
+from herd.run.errors import DataError, EnvironmentFault
+from herd.run.resume import resolve
 
 SAVE_FOR_EVER = """
 import sys
@@ -37,7 +38,7 @@ dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=ranks.
 run = Path(sys.argv[1])
 with checkpoints.writing(run, 3, facts={"zero": 2}) as folder:
     (folder / f"part.{ranks.rank()}").write_bytes(os.urandom(50_000))
-found = checkpoints.resolve(run, "auto")
+found = checkpoints.latest(run)
 checkpoints.verify(found)
 ranks.barrier()
 if ranks.is_main():
@@ -133,7 +134,7 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_there(tmp_path: Path, d
         last = int([b"1", *child.stdout.read().split()][-1])
     checkpoints.clean(tmp_path)
     assert all(path.name.startswith("step_") for path in (tmp_path / "checkpoints").iterdir())
-    found = checkpoints.resolve(tmp_path, "auto")
+    found = resolve(tmp_path, "auto")
     assert checkpoints.step_of(found) in (last, last + 1)
     assert all(not checkpoints.verify(path) for path in checkpoints.all_complete(tmp_path))
 
@@ -165,14 +166,6 @@ def test_a_save_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> N
         checkpoints.begin(tmp_path, 2)
 
 
-def test_never_wants_an_empty_folder_and_says_how_to_go_on(tmp_path: Path) -> None:
-    assert checkpoints.resolve(tmp_path / "absent", "never") is None
-    assert checkpoints.resolve(tmp_path, "never") is None
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"is not empty: go on with it by --resume auto, or start another with --set"):
-        checkpoints.resolve(tmp_path, "never")
-
-
 def test_a_run_that_was_only_set_up_has_nothing_to_lose_and_any_other_folder_has(tmp_path: Path) -> None:
     assert not checkpoints.never_stepped(tmp_path / "absent") and not checkpoints.never_stepped(tmp_path)
     for name in ("config.yaml", "run.json", "ds_config.teacher.json", "metrics.jsonl", "mlflow.json", ".mlflow.lock"):
@@ -186,55 +179,6 @@ def test_a_run_that_was_only_set_up_has_nothing_to_lose_and_any_other_folder_has
     (tmp_path / "metrics.jsonl").unlink()
     save(tmp_path, 1)
     assert not checkpoints.never_stepped(tmp_path)
-
-
-def test_auto_starts_fresh_where_latest_refuses(tmp_path: Path) -> None:
-    assert checkpoints.resolve(tmp_path, "auto") is None
-    with pytest.raises(ConfigError, match=r"^--resume latest: .* no checkpoint; --resume auto starts fresh"):
-        checkpoints.resolve(tmp_path, "latest")
-    newest = [save(tmp_path, step) for step in (9, 10)][-1]
-    assert checkpoints.resolve(tmp_path, "auto") == checkpoints.resolve(tmp_path, "latest") == newest
-
-
-@pytest.mark.parametrize("resume", ["auto", "latest"])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
-    tmp_path: Path, resume: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    os.truncate(bad / "model" / "weights", 7)
-    assert checkpoints.resolve(tmp_path, resume) == good
-    assert capsys.readouterr().err == (
-        f"warning: damaged checkpoint passed over: {bad}/model/weights: 7 bytes, 1000 were written\n"
-    )
-    with pytest.raises(DataError, match="7 bytes, 1000 were written"):
-        checkpoints.resolve(tmp_path, str(bad))
-
-
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_over_in_silence(tmp_path: Path) -> None:
-    (save(tmp_path, 1) / "model" / "state").unlink()
-    with pytest.raises(DataError, match="every checkpoint is damaged"):
-        checkpoints.resolve(tmp_path, "auto")
-
-
-def test_a_named_checkpoint_is_taken_from_this_run_or_into_an_empty_one(tmp_path: Path) -> None:
-    older, _ = save(tmp_path / "a", 1), save(tmp_path / "a", 2)
-    assert checkpoints.resolve(tmp_path / "a", str(older)) == older
-    assert checkpoints.resolve(tmp_path / "new", str(older)) == older
-    save(tmp_path / "b", 1)
-    with pytest.raises(ConfigError, match=r"of another run, and .*b is not empty"):
-        checkpoints.resolve(tmp_path / "b", str(older))
-    with pytest.raises(ConfigError, match=r"no such folder; it takes auto, latest, never or a checkpoint's path"):
-        checkpoints.resolve(tmp_path / "a", "lastest")
-    with pytest.raises(ConfigError, match=r"no checkpoint; those are .*/checkpoints/step_\.\.\."):
-        checkpoints.resolve(tmp_path / "a", str(tmp_path))
-
-
-def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    (path / "COMPLETE.json").unlink()
-    assert checkpoints.resolve(tmp_path, "auto") is None
-    with pytest.raises(DataError, match="so it never was complete"):
-        checkpoints.resolve(tmp_path, str(path))
 
 
 def test_two_ranks_write_hash_and_verify_one_checkpoint_together(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ import errno
 import os
 import subprocess
 import sys
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
-from herd.run import cli, errors
+from herd.run import cli, errors, files, last_words
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+usage, FREE = namedtuple("usage", "total used free"), "4.3 kB"
 HEAVY = {"torch", "deepspeed", "transformers", "mlflow", "datasets", "numpy", "pandas", "matplotlib"}
 PROGRAM = """
 import sys
@@ -80,6 +83,11 @@ def test_only_rank_0_speaks_for_the_command_line() -> None:
         ),
         (["--config", "x", "--deepspeed_config", "y"], "error: --deepspeed_config: the DeepSpeed configuration is gen"),
         (["--config", "x", "--deepspeed_config=y"], "put further keys under deepspeed.extra"),
+        (
+            ["--config", "x", "--world-size", "8"],
+            "error: --world-size: plans only and changes no run; add",
+        ),
+        (["--config", "x", "--mfu=0.3", "--set", "a=1"], "error: --mfu: plans only and changes no run; add --dry-run"),
         (["--config", "x", "--world-size", "0"], "argument --world-size: 0: must be a whole number, 1 or more"),
         (["--config", "x", "--mfu", "2"], "argument --mfu: 2: must be more than 0, 1 at most"),
         ([], "error: the following arguments are required: --config"),
@@ -100,35 +108,8 @@ def test_the_flags_of_launchers_are_accepted_and_the_rest_is_as_given() -> None:
     found = parser().parse_args(["--local_rank=3", "--config", "a", "--set", "x=1", "--set", "y=2", "--resume", "auto"])
     assert (found.config, found.set, found.resume, found.dry_run) == ("a", ["x=1", "y=2"], "auto", False)
     assert parser().parse_args(["--config", "a"]).resume == "never"
-    assert parser().parse_args(["--local-rank", "0", "--config", "a", "--world-size", "512"]).world_size == 512
-
-
-@pytest.mark.parametrize(
-    ("environment", "command"),
-    [
-        ({}, "python -m distill --config a --set 'x=[1, 2]'"),
-        (
-            {"WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
-            "deepspeed --num_accelerators 2 --module distill --config a --set 'x=[1, 2]'",
-        ),
-        (
-            {"WORLD_SIZE": "16", "LOCAL_SIZE": "8"},
-            "deepspeed --num_nodes 2 --num_accelerators 8 --module distill --config a --set 'x=[1, 2]'",
-        ),
-        (
-            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            "torchrun --nproc_per_node 2 -m distill --config a --set 'x=[1, 2]'",
-        ),
-    ],
-)
-def test_the_command_line_can_be_typed_again(
-    environment: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert cli.command_line("distill", ["--local_rank=1", "--config", "a", "--set", "x=[1, 2]"]) == command
+    words = ["--local-rank", "0", "--config", "a", "--dry-run", "--world-size", "512"]
+    assert parser().parse_args(words).world_size == 512
 
 
 @pytest.mark.parametrize(
@@ -140,16 +121,19 @@ def test_the_command_line_can_be_typed_again(
         (errors.NumericalError("NaN"), 5, "error: NaN\n"),
         (errors.Interrupted("stopped at step 3; go on with: x"), 75, "stopped at step 3; go on with: x\n"),
         (KeyboardInterrupt(), 130, "interrupted; nothing was saved since the last checkpoint\n"),
+        (OSError(errno.ENOSPC, "No space"), 3, "error: the disk is full; free some space\n"),
         (
             OSError(errno.ENOSPC, "No space", "/a/b"),
             3,
-            "error: the disk is full (/a/b); free some space, or move run.folder\n",
+            f"error: cannot write /a/b: the disk is full ({FREE} free at /); free some space there\n",
         ),
     ],
 )
 def test_every_end_has_its_line_and_exit_code(
-    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: usage(total=10**9, used=10**9 - 4321, free=4321))
+
     def body() -> None:
         raise error
 
@@ -174,12 +158,13 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_rank_leaves_the_word_to_rank_0_and_speaks_only_if_it_is_still_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: waited.append(seconds) or capsys.readouterr())
+    monkeypatch.setattr(last_words.tempfile, "gettempdir", lambda: str(tmp_path))
 
     def body() -> None:
         raise errors.DataError("shard 7 is gone")
@@ -187,3 +172,42 @@ def test_another_rank_leaves_the_word_to_rank_0_and_speaks_only_if_it_is_still_t
     assert cli.main_guard(body) == 4
     assert waited == [cli.FOLLOWER_PAUSE_S]
     assert capsys.readouterr().err == "rank 1: error: shard 7 is gone\n"
+
+
+RANK = """
+import sys
+from herd.run import cli, errors
+cli.MAIN_PAUSE_S = cli.FOLLOWER_PAUSE_S = 0.0  # a launcher too slow to end the others in time
+def body():
+    raise {"data": errors.DataError, "stop": errors.Interrupted, "bug": ZeroDivisionError}[sys.argv[1]](sys.argv[2])
+sys.exit(cli.main_guard(body))
+"""
+
+
+@pytest.mark.parametrize(("kind", "code", "line"), [("data", 4, "error: x"), ("stop", 75, "x"), ("bug", 1, None)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_what_all_ranks_meet_is_said_once_whoever_comes_first(
+    kind: str, code: int, line: str | None, order: tuple[int, ...], tmp_path: Path
+) -> None:
+    said = []
+    for rank in order:
+        done = ended(rank, kind, "x", tmp_path)
+        assert done.returncode == code
+        said.append(done.stderr)
+    assert said[1:] == ["", ""]
+    if line is None:
+        assert said[0].endswith("ZeroDivisionError: x\n") and said[0].count("Traceback") == 1
+    else:
+        assert said[0] == (f"{line}\n" if order[0] == 0 else f"rank 2: {line}\n")
+
+
+def test_what_one_rank_meets_alone_is_said_beside_what_another_met(tmp_path: Path) -> None:
+    assert ended(0, "data", "x", tmp_path).stderr == "error: x\n"
+    assert ended(1, "data", "shard 7 is gone", tmp_path).stderr == "rank 1: error: shard 7 is gone\n"
+
+
+def ended(rank: int, kind: str, text: str, temporary: Path) -> subprocess.CompletedProcess:
+    """A rank that meets an error; this process is the launcher of all of them."""
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "3", "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", RANK, kind, text]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from herd.run import config, config_faults, config_text
 from herd.run.errors import USAGE, ConfigError
-from herd.run.schema import Config, LeadAlpha
+from herd.run.schema import Config
+from herd.run.weighting import LeadAlpha
 
 MINIMAL = "run: {name: try, steps: 10}\nstudents: {scout: {source: scout-nano}}\n"
 
@@ -25,14 +26,22 @@ weightings = st.one_of(
     st.fixed_dictionaries({"kind": st.just("constant")}, optional={"alpha": fractions}),
     st.fixed_dictionaries({"kind": st.just("schedule")}, optional={"shape": st.sampled_from(["linear", "staged"])}),
     st.fixed_dictionaries({"kind": st.just("lead")}, optional={"peak": fractions, "width": positive}),
+    st.fixed_dictionaries({"kind": st.just("confidence")}, optional={"measure": st.sampled_from(["peak", "entropy"])}),
+    st.fixed_dictionaries({"kind": st.just("gradients")}, optional={"rule": st.just("mgda"), "kappa": positive}),
 )
-quantize = st.sampled_from(["int4", "fp8", {"scheme": "int4", "group_size": 32}])
+quantize = st.sampled_from(
+    [[], ["int4"], ["fp8", "int4"], [{"scheme": "int4", "group_size": 32}, "fp8"], [{"scheme": "fp8"}]]
+)
+layers = st.none() | st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)).map(list), min_size=1, max_size=2)
+features = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["hidden", "relations", "router"])}, optional={"weight": positive, "layers": layers}
+)
 students = st.fixed_dictionaries(
     {"source": texts},
     optional={
         "overrides": st.dictionaries(texts, values, max_size=3),
         "lr": st.none() | positive,
-        "quantize": st.lists(quantize, max_size=3),
+        "quantize": quantize,
     },
 )
 trees = st.fixed_dictionaries(
@@ -46,7 +55,7 @@ trees = st.fixed_dictionaries(
     optional={
         "data": st.fixed_dictionaries({"source": texts, "subset": st.none() | texts}),
         "optim": st.fixed_dictionaries({"eps": positive, "weight_decay": positive}),
-        "loss": st.fixed_dictionaries({"weighting": weightings}),
+        "loss": st.fixed_dictionaries({"weighting": weightings, "features": st.lists(features, max_size=2)}),
     },
 )
 
@@ -93,8 +102,13 @@ def test_scalars_are_what_they_look_like(text: str, value: object) -> None:
     assert type(parsed) is type(value)
 
 
+TOLD_APART_BY_KIND = [("loss", "weighting"), ("loss", "cross_tokenizer")]
 real_paths = sorted(
-    {path for path in config_faults.all_paths() if len(str(path[-1])) > 2 and path[:2] not in [("loss", "weighting")]}
+    {
+        path
+        for path in config_faults.all_paths()
+        if len(str(path[-1])) > 2 and path[:2] not in TOLD_APART_BY_KIND and (path[0] != "objective" or len(path) == 1)
+    }
 )
 
 
@@ -126,6 +140,7 @@ def test_an_unknown_key_one_letter_away_suggests_the_nearest(
         ("students.scout.quantise", "did you mean students.scout.quantize?"),
         ("loss.weighting.horizons", "did you mean loss.weighting.horizon?"),
         ("loss.weighting.alpha", f"allowed here: {', '.join(LeadAlpha.model_fields)}"),
+        ("objective.fraction", "allowed here: kind"),
         ("batch.qqqq", "allowed here: rows, micro_rows"),
     ],
 )
@@ -162,6 +177,12 @@ def test_an_unknown_key_names_the_nearest_one_of_the_whole_tree(key: str, hint: 
         ("loss.weighting.kind=magic", "loss.weighting.kind = magic: must be one of constant, schedule, lead"),
         ("loss.weighting={kind: schedule, begin: 0.9, until: 0.1}",
          "loss.weighting: begin = 0.9 is after until = 0.1; put them in order"),
+        ("loss={weighting: {kind: calibration}, temperature: 2}",
+         "loss.temperature = 2: loss.weighting.kind = calibration compares the teacher's masses with the labels"),
+        ("loss={weighting: {kind: calibration}, divergence: tvd}", "loss.divergence = tvd: loss.weighting.reference"),
+        ("loss.weighting={kind: slope}", "run.evaluate_every = 100: loss.weighting.kind = slope learns from held-out"),
+        ("loss.weighting={kind: repair, margin: 1}", "loss.weighting.margin = 1: must be less than 1"),
+        ("loss.weighting={kind: gap, over: word}", "loss.weighting.over = word: must be 'token', 'step' or 'entropy'"),
         ("batch.micro_rows=3", "batch.micro_rows = 3: must divide batch.rows = 8 at any number of"),
         ("deepspeed.extra={1: 2}", "deepspeed.extra.1: a key must be text; quote it"),
     ],
@@ -179,6 +200,16 @@ def test_a_head_start_needs_a_teacher_that_trains(tmp_path: Path) -> None:
     message = refusal(written(tmp_path), "teacher.mode=frozen", "teacher.head_start=5")
     assert (
         "teacher.head_start = 5: a frozen teacher does not train; set it to 0, or teacher.mode to codistill" in message
+    )
+    message = refusal(written(tmp_path), "teacher.mode=none", "teacher.head_start=5")
+    assert "teacher.head_start = 5: there is no teacher to give one (teacher.mode = none); set it to 0, or" in message
+
+
+@pytest.mark.parametrize("listed", ["[int4, int4]", "[fp8, int4, {scheme: int4, group_size: 32}]"])
+def test_two_exports_of_one_name_are_refused(listed: str, tmp_path: Path) -> None:
+    message = refusal(written(tmp_path), f"students.scout.quantize={listed}")
+    assert message.endswith(
+        "students.scout.quantize: int4 is listed 2 times, and each would be the export scout-int4; keep one"
     )
 
 
@@ -227,8 +258,8 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
         written(tmp_path),
         [
             "optim.lr=2e-3",
-            "students.scout.quantize=[int4, {scheme: fp8}]",
-            "students.scout.quantize.1.scheme=int4",
+            "students.scout.quantize=[int4, {scheme: int4}]",
+            "students.scout.quantize.1.scheme=fp8",
             "students.tiny.source=maverick-nano",
             "students.tiny.lr=1e-4",
             "teacher.overrides.num_hidden_layers=4",
@@ -237,7 +268,7 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
         ],
     )
     assert loaded.optim.lr == 0.002
-    assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "int4"]
+    assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "fp8"]
     assert loaded.students["tiny"].lr == 1e-4
     assert loaded.teacher.overrides == {"num_hidden_layers": 4}
     assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("lead", 0.5)
@@ -301,6 +332,17 @@ def test_a_batch_that_does_not_split_names_values_that_do(tmp_path: Path) -> Non
         config.split_batch(loaded, 2)
 
 
+def test_a_choice_of_one_is_not_called_a_choice(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert refusal(path, "batch.rows=1", "batch.micro_rows=2").endswith("at any number of ranks; use 1")
+    with pytest.raises(ConfigError, match=r"has 8 / 8 = 1 rows; use 1$"):
+        config.split_batch(config.load(path, ["batch.rows=8", "batch.micro_rows=2"]), 8)
+    with pytest.raises(ConfigError, match=r"must divide the 1 ranks; use 1$"):
+        config.split_batch(config.load(path, ["parallel.expert_parallel=2"]), 1)
+    with pytest.raises(ConfigError, match=r"\(such as 2\), or start 1 rank$"):
+        config.split_batch(config.load(path, ["batch.rows=1"]), 2)
+
+
 def test_experts_are_spread_over_whole_groups_of_ranks(tmp_path: Path) -> None:
     loaded = config.load(written(tmp_path), ["parallel.expert_parallel=4", "batch.rows=12"])
     assert config.split_batch(loaded, 4) == (3, 1)
@@ -341,3 +383,43 @@ def test_nothing_that_is_not_finite_survives_in_free_mappings(tmp_path: Path) ->
     assert math.isfinite(
         config.load(written(tmp_path), ["teacher.overrides.rope_theta=5e5"]).teacher.overrides["rope_theta"]
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.features=[{kind: hiden}]", r"loss\.features\.0\.kind = hiden: must be one of hidden, relations, router"),
+        ("loss.features=[{measure: mse}]", r"loss\.features\.0\.kind is missing: must be one of hidden, relations"),
+        ("loss.features=[{kind: hidden, mesure: mse}]", r"features\.0\.mesure: unknown; did you mean .*measure"),
+        ("loss.features=[{kind: hidden, measure: l2}]", r"features\.0\.measure = l2: must be 'mse', 'normalised_mse'"),
+        ("loss.features=[{kind: hidden, layers: [[0, -1]]}]", r"features\.0\.layers\.0\.1 = -1: must be 0 or more"),
+        ("loss.features=[{kind: relations, of: [q, o]}]", r"features\.0\.of\.1 = o: must be 'q', 'k' or 'v'"),
+        (
+            "loss.features=[{kind: hidden, students: [scot]}]",
+            r"features\.0\.students: no student is called scot; there",
+        ),
+        ("loss.cross_tokenizer={kind: gold}", r"loss\.cross_tokenizer\.kind = gold: must be one of uld, spans"),
+        ("loss.cross_tokenizer={kind: spans, matched_weight: 2}", r"matched_weight = 2: must be 1 or less"),
+        (
+            "loss.cross_tokenizer={kind: uld}",
+            r"only a frozen teacher can have its own tokenizer; teacher\.mode is codi",
+        ),
+    ],
+)
+def test_faults_of_feature_and_cross_tokenizer_losses_name_the_field(override, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load("configs/smoke.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.mode=none", "teacher.head_start=0", "loss.features=[{kind: hidden}]"], "needs a teacher that runs"),
+        (["loss.features=[{kind: hidden}]", "loss.cross_tokenizer={kind: spans}"], "cannot be compared one by one"),
+        (["loss.temperature=2", "loss.cross_tokenizer={kind: spans}"], r"loss\.temperature = 2: must be 1"),
+        (["loss.weighting={kind: gradients}", "loss.cross_tokenizer={kind: uld}"], r"kind = gradients: reads the grad"),
+    ],
+)
+def test_losses_that_a_teacher_cannot_give_are_refused_together_with_the_mend(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load("configs/smoke.yaml", overrides)

@@ -1,15 +1,18 @@
 """Atomic writes: whole under kill -9, clean on a full disk."""
 
+import errno
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from herd.run import files
-from herd.run.errors import ENVIRONMENT, EnvironmentFault
+from herd.run.errors import ENVIRONMENT, DataError, DiskFull, EnvironmentFault
 
 WRITE_FILES = """
 import sys
@@ -126,12 +129,12 @@ def test_want_of_space_is_exit_code_3_in_one_line_and_the_old_content_stays(tmp_
 
 
 def test_a_full_device_is_told_from_other_faults() -> None:
-    full = Path("/dev/full")
-    words = "cannot write /dev/full: the disk is full; free some space"
+    device = Path("/dev/full")
+    words = r"^cannot write /dev/full: the disk is full \(.* free at /dev\); free some space there$"
     with (
         pytest.raises(EnvironmentFault, match=words),
-        files.disk_faults(full),
-        full.open("wb", buffering=0) as stream,
+        files.disk_faults(device),
+        device.open("wb", buffering=0) as stream,
     ):
         stream.write(b"x")
     with pytest.raises(PermissionError), files.disk_faults(Path("x")):
@@ -142,6 +145,63 @@ def test_too_little_space_names_what_is_needed_and_where(tmp_path: Path) -> None
     files.require_space(tmp_path / "not" / "yet", 1, what="a file")
     with pytest.raises(EnvironmentFault, match=rf"^a checkpoint needs 1,000,000,000\.00 GB, .* GB free at {tmp_path};"):
         files.require_space(tmp_path / "not" / "yet", 10**18, what="a checkpoint")
+
+
+def full(path: Path | None = None) -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", *([] if path is None else [str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (lambda run: full(), "run"),
+        (lambda run: full(run / "metrics.jsonl"), "run"),
+        (lambda run: full(run.parent / "elsewhere" / "file"), "run"),
+        (lambda run: full(run.parents[1] / ".cache" / "file"), ".cache/file"),
+        (lambda run: RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed"), "run"),
+        (lambda run: DiskFull("cannot write it", run / "exports"), None),
+    ],
+)
+def test_a_full_disk_names_place_free_bytes_and_the_mend_of_whoever_can_move_it(
+    error: Callable[[Path], Exception], named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "run"
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1_234_567))
+    with pytest.raises(DiskFull) as caught, files.disk_faults(run, mend="move it"):
+        raise error(run)
+    line = str(caught.value)
+    if named is None:
+        assert line == "cannot write it, or move it"
+    else:
+        place = run if named == "run" else tmp_path / named
+        words = f"cannot write {place}: the disk is full (1.2 MB free at {tmp_path}); free some space there"
+        assert line == words + (", or move it" if named == "run" else "")
+
+
+def test_bytes_that_are_known_to_be_needed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(full()))
+    with pytest.raises(DiskFull, match=rf"^cannot write {tmp_path}/a: the disk is full \(5\.0 kB to write, .* free at"):
+        files.write_atomic(tmp_path / "a", b"x" * 5000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(1, "no"), ValueError("disk"), DataError("No space left on device: says a file")]
+)
+def test_other_faults_pass_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, files.disk_faults(tmp_path, mend="move it"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_full_disk_is_known_by_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match="the disk quota is used up; free"), files.disk_faults(tmp_path):
+        raise RuntimeError("An error occurred while generating the dataset") from OSError(errno.EDQUOT, "Quota")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0.0 kB"), (4321, "4.3 kB"), (12_345_678, "12.3 MB")])
+def test_sizes_are_readable(number: int, text: str) -> None:
+    assert files.size(number) == text
 
 
 def test_a_digest_is_the_one_sha256sum_prints(tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def body():
 sys.exit(cli.main_guard(body))
 """
 
+BUFFERS = """
+import os, pathlib, torch, deepspeed.comm as dist
+from herd.run import ranks
+ranks.initialise(timeout_s=60)
+total = torch.ones(1000)
+dist.all_reduce(total)
+ranks.barrier()
+name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
+maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+mapped = {line.split("/dev/shm/")[1] for line in maps if name in line}
+print(total.sum().item(), len(mapped), list(pathlib.Path("/dev/shm").glob(name + "*")))
+os.kill(os.getpid(), 9)
+"""
+
 
 @pytest.fixture
 def two(request: pytest.FixtureRequest, tmp_path: object) -> Iterator[list[subprocess.Popen]]:
@@ -124,6 +138,25 @@ def test_the_old_handlers_come_back() -> None:
         signal.raise_signal(signal.SIGUSR1)
         assert stop.requested_anywhere()
     assert [signal.getsignal(number) for number in ranks.SIGNALS] == before
+
+
+def test_ranks_leave_no_shared_memory_behind_even_when_killed() -> None:
+    variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ranks.free_port()),
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUFFERS],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [child.communicate()[0].splitlines()[-1] for child in children] == ["2000.0 2 []"] * 2
 
 
 @pytest.mark.parametrize("two", [COLLECTIVES], indirect=True)

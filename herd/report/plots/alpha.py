@@ -1,8 +1,8 @@
-"""Weight of the soft target (alpha): its distribution over tokens as a heat map, its mean, and the gap that drives it.
+"""Weight of the soft target (alpha): spread over tokens as a heat map, mean, by teacher entropy, and the gap behind it.
 
     figure = draw(record, WIDE)
 
-Legend: S logged steps, K bins of alpha over [0, 1], P pixels over time.
+Legend: S logged steps, K bins of alpha over [0, 1], B bins of teacher entropy, P pixels over time.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ from herd.report.record import Record
 from herd.report.style import INK, MUTED, Size, colours, label_ends, new_figure, settle, shades, smooth, styled
 
 _PIXELS = 160
+_TOLD_APART = 0.01
 
 
 def draw(record: Record, size: Size) -> Figure | None:
@@ -26,10 +27,15 @@ def draw(record: Record, size: Size) -> Figure | None:
     if not students:
         return None
     palette = colours(record.models)
+    panels = {_draw_alpha: 2.4}
+    if any(_by_entropy(record, name) is not None for name in students):
+        panels[_draw_by_entropy] = 1.25
     with_gap = any(len(record.column(f"student/{name}/gap").step_S) for name in students)
+    if with_gap:
+        panels[_draw_gap] = 1.25
     across = 1 if size.name == "narrow" else len(students) if len(students) <= 3 else 2
     blocks = -(-len(students) // across)
-    heights = [2.4, 1.25] if with_gap else [2.4]
+    heights = list(panels.values())
     with styled(size):
         figure = new_figure(size, blocks * (sum(heights) + 0.75))
         grid = figure.subplots(
@@ -37,12 +43,10 @@ def draw(record: Record, size: Size) -> Figure | None:
         )
         for i, name in enumerate(students):
             block, column = divmod(i, across)
-            top = grid[block * len(heights), column]
-            _draw_alpha(top, record, name, palette[name])
-            if with_gap:
-                _draw_gap(grid[block * len(heights) + 1, column], record, name, palette[name])
+            for row, draw_panel in enumerate(panels):
+                draw_panel(grid[block * len(heights) + row, column], record, name, palette[name])
         if with_gap:
-            _share_limits(grid[1 :: len(heights)].flat)
+            _share_limits(grid[len(heights) - 1 :: len(heights)].flat)
         for axes in grid[-1]:
             axes.set_xlabel("step")
         grid[0, 0].set_xlim(0, record.last_step)
@@ -67,6 +71,28 @@ def _draw_alpha(axes: Axes, record: Record, name: str, colour: str) -> None:
     if len(known_S):
         end = known_S[-max(1, len(known_S) // 20) :].mean()
         label_ends(axes, [(end, f"{end:.2f}", INK)])
+
+
+def _by_entropy(record: Record, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """(steps [S], mean alpha by entropy bin [S, B]); None where no design told bins apart."""
+    step_S, rows = record.arrays(f"student/{name}/alpha_by_entropy")
+    if not rows:
+        return None
+    alpha_SB = np.stack([row.astype(np.float64) for row in rows])  # None, a bin without tokens, becomes NaN
+    differs = np.nanmax(alpha_SB, axis=1) - np.nanmin(alpha_SB, axis=1) > _TOLD_APART
+    return (step_S, alpha_SB) if differs.any() else None
+
+
+def _draw_by_entropy(axes: Axes, record: Record, name: str, colour: str) -> None:
+    axes.set_title("by teacher entropy, low to high", fontweight="normal", color=MUTED, fontsize="medium")
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    known = _by_entropy(record, name)
+    if known is None:
+        return
+    step_S, alpha_SB = known
+    extent = (step_S[0] - 0.5, step_S[-1] + 0.5, 0.0, alpha_SB.shape[1])
+    axes.imshow(alpha_SB.T, extent=extent, origin="lower", aspect="auto", cmap=shades(colour), vmin=0.0, vmax=1.0)
 
 
 def _draw_gap(axes: Axes, record: Record, name: str, colour: str) -> None:

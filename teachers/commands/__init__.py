@@ -1,0 +1,1 @@
+"""What `python -m teachers` does: its options, the offline cache, the plan, and a look inside."""

@@ -1,0 +1,142 @@
+"""Soft targets written while a teacher runs, and read in its place: through the trainer's own parts, one rank."""
+
+import pytest
+import torch
+
+from distill.assembly import assemble
+from herd.llama4.source import open_model
+from herd.run import config as configuration
+from herd.run import ranks
+from herd.run.errors import ConfigError, DataError
+from teachers import cache
+
+SMALL = [
+    "run.name=t",
+    "run.steps=2",
+    "run.precision=fp32",
+    "teacher.head_start=0",
+    "students={scout: {source: scout-nano, overrides: {hidden_size: 64, intermediate_size: 64, "
+    "intermediate_size_mlp: 128, num_local_experts: 4}}}",
+    "loss.weighting={kind: constant, alpha: 0.5}",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    """A process group of one."""
+    ranks.initialise()
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    """A small teacher as a run would have exported it, whose every model has the run's tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    parts = assemble(config_for(folder), folder)
+    parts.herd.teacher.export(folder / "teacher", tokenizer=parts.tokenizer)
+    return folder / "teacher"
+
+
+def config_for(folder, *overrides):
+    return configuration.load("configs/smoke.yaml", [*SMALL, f"run.folder={folder}", *overrides])
+
+
+def frozen(folder, teacher_folder, *overrides):
+    return config_for(
+        folder, "teacher.mode=frozen", "teacher.overrides={}", f"teacher.source={teacher_folder}", *overrides
+    )
+
+
+def take_steps(config, folder, steps=(0, 1)):
+    """Metrics of these steps; what was written is sealed."""
+    parts = assemble(config, folder)
+    taken = []
+    for step in steps:
+        batches = parts.rows.take(step, rows=config.batch.rows, micro_rows=parts.micro_rows, rank=0, world=1)
+        taken.append(parts.herd.take_step(batches, step))
+    parts.herd.close()
+    return taken
+
+
+def written(tmp_path, teacher_folder, codec="head_and_tail=60"):
+    """A cache that a run with a frozen teacher wrote through, and that run's metrics."""
+    path = tmp_path / "cache"
+    config = frozen(tmp_path, teacher_folder, f"teacher.cache={{path: {path}, codec: {codec}}}")
+    return path, take_steps(config, tmp_path)
+
+
+def test_a_student_learns_from_the_cache_what_it_learns_from_the_teacher_that_wrote_it(tmp_path, teacher_folder):
+    path, live = written(tmp_path, teacher_folder)
+    cached = config_for(
+        tmp_path,
+        "teacher.mode=cached",
+        f"teacher.source={teacher_folder}",
+        "teacher.overrides={}",
+        f"teacher.cache.path={path}",
+    )
+    read = take_steps(cached, tmp_path)
+    for mine, theirs in zip(read, live, strict=True):
+        for key in ("student/scout/ce", "student/scout/kd", "student/scout/teacher_entropy"):
+            assert mine[key] == pytest.approx(theirs[key], rel=0.02), key
+    assert read[0]["student/scout/ce"] == pytest.approx(live[0]["student/scout/ce"], rel=1e-6)
+
+
+def test_rows_without_a_target_are_refused_learnt_hard_or_completed_as_asked(tmp_path, teacher_folder):
+    path, _ = written(tmp_path, teacher_folder)
+    rows = len(cache.open(path, expecting=None))
+
+    def read(missing, step):
+        source = [f"teacher.source={teacher_folder}", "teacher.overrides={}"]
+        settings = f"teacher.cache={{path: {path}, missing: {missing}}}"
+        return take_steps(config_for(tmp_path, "teacher.mode=cached", *source, settings), tmp_path, steps=(step,))[0]
+
+    with pytest.raises(DataError, match=r"4 of the 4 rows asked for have no target.*python -m teachers cache"):
+        read("refuse", 5)
+    hard = read("hard", 5)
+    assert hard["student/scout/alpha"] == 0 and len(cache.open(path, expecting=None)) == rows
+    completed = read("forward", 5)
+    assert completed["student/scout/alpha"] == pytest.approx(0.5)
+    assert len(cache.open(path, expecting=None)) == rows + 4
+    again = read("refuse", 5)
+    assert again["student/scout/kd"] == pytest.approx(completed["student/scout/kd"], rel=1e-6)
+
+
+def test_a_teacher_that_trains_renews_its_rows_and_says_at_which_step(tmp_path):
+    path = tmp_path / "cache"
+    config = config_for(tmp_path, f"teacher.cache.path={path}", "teacher.head_start=1")
+    take_steps(config, tmp_path, steps=(0, 1, 2))
+    reader = cache.open(path, expecting=None)
+    assert sorted(set(reader.steps_N.tolist())) == [2, 3] and len(reader) == 8
+    take_steps(config, tmp_path, steps=(2,))
+    assert len(cache.open(path, expecting=None)) == 8
+
+
+def test_a_cache_of_something_else_is_refused_with_the_field(tmp_path, teacher_folder):
+    path, _ = written(tmp_path, teacher_folder)
+    other = tmp_path / "other"
+    model = open_model(str(teacher_folder))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    model.save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_bytes((teacher_folder / name).read_bytes())
+    base = ["teacher.mode=cached", "teacher.overrides={}", f"teacher.cache.path={path}"]
+    for changed, word in (
+        (["data.sequence_length=64", f"teacher.source={teacher_folder}"], "sequence_length is 128 in the cache, 64"),
+        (["loss.temperature=2", f"teacher.source={teacher_folder}"], "temperature is 1.0 in the cache, 2.0"),
+        ([f"teacher.source={other}"], "teacher is .* in the cache"),
+    ):
+        with pytest.raises(DataError, match=word):
+            assemble(config_for(tmp_path, *base, *changed), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        (["teacher.mode=cached"], "needs teacher.cache.path"),
+        (["teacher.mode=none", "teacher.cache.path=x"], "there are no targets to write"),
+        (["teacher.cache={path: x, missing: hard}"], "only teacher.mode = cached reads"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, word, tmp_path):
+    with pytest.raises(ConfigError, match=word):
+        config_for(tmp_path, *settings)
