@@ -48,6 +48,7 @@ try:
     checkpoints.verify(found)
 except checkpoints.DataError as error:
     (run / f"seen.{ranks.rank()}").write_text(str(error))
+ranks.shut_down()
 """
 
 
