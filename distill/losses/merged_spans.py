@@ -54,13 +54,15 @@ def merged_loss(
         distance_S, sign_SV = sorted_difference(q_SV, p_SW)
         return MergedLoss(distance_S, kl_S, sign_SV.mul_(q_SV))
     weight = shared.share if matched_weight is None else matched_weight
-    student_R, teacher_R = _others(q_SV.shape[1], shared.student_M), _others(p_SW.shape[1], shared.teacher_M)
-    q_SR = q_SV[:, student_R]
-    distance_S, sign_SR = sorted_difference(q_SR, p_SW[:, teacher_R])
-    pull_SV = torch.empty_like(q_SV)
-    pull_SV[:, student_R] = sign_SR * q_SR * (1 - weight)
+    loss_S, pull_SV = weight * kl_S, torch.zeros_like(q_SV)
     pull_SV[:, shared.student_M] = pull_SM * weight
-    return MergedLoss(weight * kl_S + (1 - weight) * distance_S, kl_S, pull_SV)
+    if weight < 1:  # sorting is most of the work
+        student_R, teacher_R = _others(q_SV.shape[1], shared.student_M), _others(p_SW.shape[1], shared.teacher_M)
+        q_SR = q_SV[:, student_R]
+        distance_S, sign_SR = sorted_difference(q_SR, p_SW[:, teacher_R])
+        loss_S = loss_S + (1 - weight) * distance_S
+        pull_SV[:, student_R] = sign_SR * q_SR * (1 - weight)
+    return MergedLoss(loss_S, kl_S, pull_SV)
 
 
 def _others(classes: int, shared_M: torch.Tensor) -> torch.Tensor:

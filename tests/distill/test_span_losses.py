@@ -38,7 +38,7 @@ def make_problem(seed=0, vocabulary=11, teacher_vocabulary=9, shared=5, width=6)
     return hidden, head.requires_grad_(), labels, targets
 
 
-def reference_loss(hidden, head, labels, targets, alpha, kind):
+def reference_loss(hidden, head, labels, targets, alpha, kind, matched_weight=None):
     """Span by span from the definitions, differentiated by autograd."""
     log_q = (hidden @ head.T).log_softmax(-1)
     log_p = targets.first.logits(slice(0, 5)).log_softmax(-1)
@@ -61,7 +61,8 @@ def reference_loss(hidden, head, labels, targets, alpha, kind):
         )
         kl = (p_coarse * (p_coarse.log() - q_coarse.log())).sum()
         rest = sorted_gap(without(q, shared.student_M), without(p, shared.teacher_M))
-        total = total + alpha * (shared.share * kl + (1 - shared.share) * rest)
+        weight = shared.share if matched_weight is None else matched_weight
+        total = total + alpha * (weight * kl + (1 - weight) * rest)
     return (total + (weights * ce).sum()) / valid.sum()
 
 
@@ -82,12 +83,14 @@ def sorted_gap(q, p):
     chunk=st.integers(1, 13),
     ignored=st.sampled_from([(), (0,), (5,), (3, 9)]),
     vocabularies=st.sampled_from([(11, 9), (9, 11), (12, 12)]),
+    matched_weight=st.sampled_from([None, 0.0, 0.3, 1.0]),
 )
-def test_value_and_gradients_equal_float64_autograd(seed, kind, alpha, chunk, ignored, vocabularies):
+def test_value_and_gradients_equal_float64_autograd(seed, kind, alpha, chunk, ignored, vocabularies, matched_weight):
     hidden, head, labels, targets = make_problem(seed, *vocabularies)
     labels[list(ignored)] = -100
-    expected = reference_loss(hidden, head, labels, targets, alpha, kind)
-    out = span_distillation(hidden, head, labels, targets, kind=kind, alpha=alpha, chunk_tokens=chunk)
+    expected = reference_loss(hidden, head, labels, targets, alpha, kind, matched_weight)
+    settings = {"kind": kind, "matched_weight": matched_weight, "alpha": alpha, "chunk_tokens": chunk}
+    out = span_distillation(hidden, head, labels, targets, **settings)
     torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12)
     gradients = [torch.autograd.grad(2.5 * loss, (hidden, head)) for loss in (out.loss, expected)]
     for mine, theirs in zip(*gradients, strict=True):
