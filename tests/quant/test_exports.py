@@ -186,7 +186,7 @@ def test_an_existing_folder_is_never_overwritten(models, gate, tmp_path):
 def test_a_disk_without_room_is_noticed_before_anything_is_written(models, gate, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(EnvironmentFault, match="1.0 kB free"):
+    with pytest.raises(EnvironmentFault, match=r"1\.0 kB free"):
         quant.export(quant.quantize(models["llama"], scheme="fp8"), tmp_path / "out", gate=gate)
     assert list(tmp_path.iterdir()) == []
 
