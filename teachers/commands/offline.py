@@ -41,11 +41,10 @@ class Outcome:
     """What this process did."""
 
     rows: int
-    rows_before: int
     tokens: int
     seconds: float
     teacher_seconds: float
-    """Of them in the teacher's forward; the rest is encoding, writing and reading rows."""
+    """Of them in the teacher's forward up to its head; the head's product is made block by block while encoding."""
 
 
 def run(options: Options, *, command: str) -> None:
@@ -101,7 +100,7 @@ def fill(made: cache.Cache, job: Job, options: Options, *, command: str) -> Outc
     wanted_N = share_N[missing_N]
     before, done, spent, started = len(share_N) - len(wanted_N), 0, 0.0, time.perf_counter()
     if not len(wanted_N):
-        return Outcome(0, before, 0, 0.0, 0.0)
+        return Outcome(0, 0, 0.0, 0.0)
     length, steps = job.identity.sequence_length, -(-len(wanted_N) // options.micro_rows)
     needed = sample_bytes(options.codec, job.identity.vocabulary, length) * len(wanted_N) * length
     require_space(made.folder, int(needed), what=f"the cache {made.folder}")
@@ -122,7 +121,7 @@ def fill(made: cache.Cache, job: Job, options: Options, *, command: str) -> Outc
                 break
     if done < len(wanted_N):
         raise Interrupted(f"stopped with {before + done:,} of {len(share_N):,} rows; go on with: {command}")
-    return Outcome(done, before, done * length, time.perf_counter() - started, spent)
+    return Outcome(done, done * length, time.perf_counter() - started, spent)
 
 
 def _batches(packed: PackedRows, indices_N: np.ndarray, size: int) -> Iterator[Batch]:

@@ -204,7 +204,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_records_and_the_next_writer_goes
     path = unsealed(tmp_path, rows)
     content, expected = path.read_bytes(), by_row(read(tmp_path, rows))
     counts = set()
-    for size in {*range(0, len(content), 5), len(content)}:
+    for size in (*range(0, len(content), 5), len(content)):
         path.write_bytes(content[:size])
         reader = cache.open(tmp_path, expecting=IDENTITY)
         missing = reader.missing(rows.keys_B)
