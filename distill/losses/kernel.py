@@ -29,7 +29,7 @@ class LossTerms:
     divergence: Divergence = forward_kl
     temperature: float = 1.0
     label_smoothing: float = 0.0
-    """Share of the hard target spread over the whole vocabulary; the reported cross-entropy stays the plain one."""
+    """Share of the hard target spread over all classes (not those at -inf); the reported cross-entropy is the plain one."""
     z_loss: float = 0.0
     """Coefficient of the squared log sum exp (PaLM, 2204.02311), whatever alpha is."""
 
@@ -51,14 +51,17 @@ def mix_chunk(
     to the caller, who scales it without a pass of its own.
     """
     label_C, highest_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1), logits_CV.amax(1)
-    mean_C = logits_CV.mean(1) if terms.label_smoothing else label_C
+    open_CV, target_C = None, label_C
+    if terms.label_smoothing:
+        open_CV, mean_C = _open_classes(logits_CV)
+        target_C = (1 - terms.label_smoothing) * label_C + terms.label_smoothing * mean_C
     soft, teacher_ce_C = None, torch.zeros_like(label_C)
     if teacher is not None:
         soft, teacher_ce_C = _soft(logits_CV, labels_C, teacher, terms)
     q_CV = torch.softmax(logits_CV, 1, out=logits_CV)
     normalizer_C = highest_C - q_CV.amax(1).log()
     ce_C = normalizer_C - label_C
-    hard_C = ce_C + terms.label_smoothing * (label_C - mean_C)
+    hard_C = normalizer_C - target_C
     asked: dict[str, torch.Tensor] = {}
     absent_C = _absent(teacher)
     if soft is None:
@@ -72,13 +75,25 @@ def mix_chunk(
         alpha_C = alpha(tokens)
         if absent_C is not None:
             alpha_C = alpha_C.masked_fill(absent_C, 0.0)
-    loss_C = (1 - alpha_C) * hard_C + alpha_C * terms.temperature**2 * kd_C
+    loss_C = _weighted(1 - alpha_C, hard_C) + _weighted(alpha_C, terms.temperature**2 * kd_C)
     if terms.z_loss:
         loss_C = loss_C + terms.z_loss * normalizer_C.square()
-    _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, terms)
+    _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, open_CV, terms)
     known = {"ce": ce_C, "kd": kd_C, "kl": kl_C, "teacher_ce": teacher_ce_C, "teacher_entropy": entropy_C}
     stats_SC = _listed(known | {"alpha": alpha_C} | asked, absent_C)
     return loss_C.masked_fill(~valid_C, 0.0), stats_SC.masked_fill_(~valid_C, 0.0)
+
+
+def _open_classes(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 where a class is not ruled out by -inf, else 0; and the mean [C] of those logits, over which a label is spread."""
+    open_CV = logits_CV > -torch.inf
+    mean_C = torch.where(open_CV, logits_CV, 0.0).sum(1) / open_CV.sum(1)
+    return open_CV.to(logits_CV.dtype), mean_C
+
+
+def _weighted(weight_C: torch.Tensor, loss_C: torch.Tensor) -> torch.Tensor:
+    """Their product; 0 for a loss that has no weight, even if it is infinite."""
+    return (weight_C * loss_C).masked_fill_(weight_C == 0, 0.0)
 
 
 def _soft(
@@ -137,6 +152,7 @@ def _to_gradient(
     normalizer_C: torch.Tensor,
     alpha_C: torch.Tensor,
     soft: SoftGradient | None,
+    open_CV: torch.Tensor | None,
     terms: LossTerms,
 ) -> None:
     """From the probabilities to the gradient of the whole loss, in place.
@@ -154,5 +170,5 @@ def _to_gradient(
             soft.scale_q(q_CV, share_C, alpha_C)
         soft.add_to(q_CV, alpha_C)
     if terms.label_smoothing:
-        q_CV.sub_((hard_C * (terms.label_smoothing / q_CV.shape[1]))[:, None])
+        q_CV.addcmul_(open_CV, (hard_C / open_CV.sum(1))[:, None], value=-terms.label_smoothing)
     q_CV.scatter_add_(1, labels_C[:, None], (hard_C * (terms.label_smoothing - 1))[:, None])

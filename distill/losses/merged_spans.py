@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from distill.losses.divergences import expectation
 from distill.losses.uld import sorted_difference
 from teachers.spans import SharedTokens
 
@@ -87,6 +88,6 @@ def _shared_divergence(
     has_rest_S = several_S | (log_q_SV.shape[1] > shared.student_M.shape[0])
     floored_S = rest_q_S.clamp_min(FLOOR)
     rest_S = torch.xlogy(rest_p_S, rest_p_S) - rest_p_S * floored_S.log()
-    kl_S = (p_SM * (log_p_SM - log_q_SM)).sum(1) + torch.where(has_rest_S, rest_S, -torch.xlogy(head_S, head_S))
+    kl_S = expectation(p_SM, log_p_SM - log_q_SM) + torch.where(has_rest_S, rest_S, -torch.xlogy(head_S, head_S))
     ratio_S = torch.where(has_rest_S & (rest_q_S > FLOOR), rest_p_S / floored_S, 0.0)
     return kl_S, q_SM * ratio_S[:, None] - p_SM
