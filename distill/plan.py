@@ -4,6 +4,7 @@ show(config, world_size=512, mfu=0.4) prints the resolved configuration and, for
 FLOPs per token, and what the herd does in a day. No device is touched and no data is read.
 """
 
+import torch
 from transformers import Llama4TextConfig
 
 from distill.losses.chunks import chunk_of
@@ -17,6 +18,7 @@ from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
+GPU = torch.device("cuda")
 SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulation} x ranks {ranks}"
 
 
@@ -72,7 +74,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
             chunk_tokens=config.loss.chunk_tokens
-            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4),
+            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4, GPU),
         )
         plans[name] = plan(text, setup)
     return plans

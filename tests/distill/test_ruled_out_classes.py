@@ -1,4 +1,4 @@
-"""Logits of -inf, as padded vocabularies have them: the loss of the vocabulary without those classes, gradient 0 there."""
+"""Logits of -inf, as padded vocabularies have them: the loss is the one without those classes, its gradient 0 there."""
 
 import pytest
 import torch
@@ -174,7 +174,7 @@ def test_nan_logits_stay_nan():
 
 
 def test_the_fused_loss_reads_teachers_with_a_padded_vocabulary():
-    student, teacher, labels, _ = make_problem(8)
+    _, teacher, labels, _ = make_problem(8)
     hidden = torch.randn(len(labels), 5, dtype=torch.float64).requires_grad_()
     head = torch.randn(V, 5, dtype=torch.float64).requires_grad_()
     teacher[:, V - PADDING :] = -torch.inf
