@@ -43,12 +43,13 @@ def take_step(parts: Assembly, step: int) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def write_cache(path: Path, scratch: Path, *, teacher_steps: int, steps: int) -> None:
-    """Targets of the rows of `steps` steps, from a teacher that has trained for `teacher_steps` before them."""
+def write_cache(path: Path, scratch: Path, *, teacher_steps: int, steps: int) -> Assembly:
+    """The herd that wrote targets of the rows of `steps` steps, from a teacher that has trained for `teacher_steps` before them."""
     parts = build("codistill", scratch, f"teacher.head_start={teacher_steps}", f"teacher.cache={{path: {path}}}")
     for step in range(teacher_steps + steps):
         take_step(parts, step)
     parts.herd.close()
+    return parts
 
 
 def compare(path: Path, scratch: Path, micro_rows: int, first: int, rounds: int) -> dict[str, Any]:
