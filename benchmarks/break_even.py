@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/break_even.py [--rounds 9] [--plot-only]
 
-Four costs a token are measured in CPU seconds on the nano herd, by real steps of the trainer taken in turn; the rest is the
-formula that `python -m teachers cache --dry-run` uses. Writes benchmarks/results/break_even.json and docs/img/break_even.png.
+Four costs a token are measured in CPU seconds on the nano herd, by real steps of the trainer taken in turn; the rest is
+the formula of `python -m teachers cache --dry-run`. Writes benchmarks/results/break_even.json, docs/img/break_even.png.
 """
 
 import argparse

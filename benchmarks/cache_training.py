@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cache_training.py [--rounds 15] [--teacher-steps 20] [--micro-rows 8 2]
 
-A nano Behemoth trains, then writes the targets of the rows through; from then on a step of either run is taken in turn, in
-one process, on the same rows, in wall seconds and in CPU seconds of all its threads. Target: cached >= 0.90 of labels.
+A nano Behemoth trains, then writes the targets of the rows through; from then on a step of either run is taken in turn,
+in one process, on the same rows, in wall seconds and in CPU seconds of all its threads. Target: >= 0.90 of labels.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def take_step(parts: Assembly, step: int) -> tuple[float, float]:
 
 
 def write_cache(path: Path, scratch: Path, *, teacher_steps: int, steps: int) -> Assembly:
-    """The herd that wrote targets of the rows of `steps` steps, from a teacher that has trained for `teacher_steps` before them."""
+    """The herd that wrote targets of the rows of `steps` steps, after its teacher had trained for `teacher_steps`."""
     parts = build("codistill", scratch, f"teacher.head_start={teacher_steps}", f"teacher.cache={{path: {path}}}")
     for step in range(teacher_steps + steps):
         take_step(parts, step)

@@ -1,7 +1,7 @@
 """How many tokens are worked on at a time.
 
 chunk_of(vocabulary, itemsize, device)    tokens whose logits exist, in the inputs' precision: what matrix products see
-block_of(vocabulary)                      tokens of a chunk mixed at a time on a CPU, in fp32: what stays in a core's cache
+block_of(vocabulary)                      tokens mixed at a time on a CPU, in fp32: what stays in a core's cache
 """
 
 import torch

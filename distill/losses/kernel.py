@@ -106,7 +106,7 @@ def _measure(
 
 
 def _open_classes(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 where a class is not ruled out by -inf, else 0; and the mean [C] of those logits, which a label is spread over."""
+    """1 where a class is not ruled out by -inf, else 0; and the mean [C] of the logits a label is spread over."""
     open_CV = logits_CV > -torch.inf
     mean_C = torch.where(open_CV, logits_CV, 0.0).sum(1) / open_CV.sum(1)
     return open_CV.to(logits_CV.dtype), mean_C

@@ -40,12 +40,12 @@ def merged_loss(
     shared: SharedTokens,
     *,
     kind: Kind,
-    matched_weight: float | None = None,
+    matched_weight: float | None = 1.0,
 ) -> MergedLoss:
     """The loss between merged masses q exp(q_later) and p exp(p_later).
 
     uld: sum |p_(i) - q_(i)| over all classes, sorted. spans: weight x KL over the shared tokens + (1 - weight) x the
-    sorted difference of the others; `matched_weight` is by default the share of the teacher's tokens that are shared.
+    sorted difference of the others; a `matched_weight` of None is the share of the teacher's tokens that are shared.
     `several_S`: whether the student's side has more than one token. 0 when both say the same.
     """
     log_q_SV, log_p_SW = log_q_SV + q_later_S[:, None], log_p_SW + p_later_S[:, None]

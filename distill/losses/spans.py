@@ -29,7 +29,7 @@ def span_distillation(
     targets: SpanTargets,
     *,
     kind: Kind,
-    matched_weight: float | None = None,
+    matched_weight: float | None = 1.0,
     alpha: Alpha = 0.5,
     ignore_index: int = -100,
     normalizer: torch.Tensor | float | None = None,

@@ -1,4 +1,4 @@
-"""Ways to give students their targets, and what each has to do: the one formula of `--dry-run` and of the break-even plot.
+"""Ways to give students targets, and what each has to do: the one formula of `--dry-run` and of the break-even plot.
 
 work(students=3, epochs=2)["offline"].forwards        # 1 of every row
 """
