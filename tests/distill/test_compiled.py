@@ -1,5 +1,7 @@
 """The chunk's work through torch.compile: as written, for any sizes, with and without a compiler, and on a GPU."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import _dynamo, _inductor
@@ -61,6 +63,26 @@ def test_compiled_equals_eager_and_new_sizes_are_not_compiled_again(monkeypatch)
     assert seen == [2] * len(sizes)
     for mine, theirs in zip(masked_loss_and_gradient(), eager[1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_every_kind_of_targets_is_one_graph_and_a_setting_is_never_taken_for_another(monkeypatch):
+    hidden, head, labels, teacher = make_problem(16)
+    logits = teacher.hidden_TG @ teacher.head_VG.T
+    (probs, ids), zeros = torch.softmax(logits, 1).topk(6, dim=1), torch.zeros(16)
+    bucket = SparseTargets(ids, probs, "bucket", zeros, zeros, present_T=torch.arange(16) % 3 > 0)
+    sampled = SparseTargets(ids, probs / probs.sum(1, keepdim=True), "sampled", zeros, zeros)
+    cases = [(DenseTargets(logits), {"divergence": "jsd", "parameter": beta}) for beta in (0.3, 0.7)]
+    cases += [(bucket, {"divergence": "skew_kl"}), (sampled, {}), (None, {"label_smoothing": 0.1})]
+
+    def answers():
+        losses = [fused_linear_distillation(hidden, head, labels, one, chunk_tokens=8, **o).loss for one, o in cases]
+        return [(loss, *torch.autograd.grad(loss, (hidden, head))) for loss in losses]
+
+    expected = answers()
+    one_graph = cache(lambda function: torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True))
+    monkeypatch.setattr(kernel, "fused", lambda function, on: one_graph(function))
+    for mine, theirs in zip(answers(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_a_cpu_runs_functions_as_they_are_written():
