@@ -30,14 +30,15 @@ def compiled(function: Function) -> Function:
 
     # Each kind of targets, each setting of the loss and a chunk of a single token is a graph of its own.
     many_graphs = _dynamo.config.patch(recompile_limit=64)
-    made, working = many_graphs(torch.compile(function, dynamic=True, fullgraph=True)), [True]
+    made, working = many_graphs(torch.compile(function, dynamic=True, fullgraph=True)), True
 
     def call(*arguments: Any, **settings: Any) -> Any:
-        if working[0]:
+        nonlocal working
+        if working:
             try:
                 return made(*arguments, **settings)
             except _dynamo.exc.TorchDynamoException as error:
-                working[0] = False
+                working = False
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 print(
                     f"warning: {function.__name__} cannot be compiled and runs slower: {reason}",
