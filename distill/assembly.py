@@ -91,7 +91,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     if config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher.lr)
     elif config.teacher.mode == "frozen":
-        teacher = _frozen(config, use_sparse_experts(teacher_model), tokenizer)
+        teacher = _frozen(config, teacher_model, tokenizer)
     elif config.teacher.mode == "cached":
         teacher = open_cached(config, tokenizer, corpus, teacher_model)
     pupils = {
@@ -141,7 +141,7 @@ def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBas
 
 
 def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """One model, checked against the run's tokenizer, sequence length and expert parallelism."""
+    """One model, checked against the run's tokenizer, sequence length and, if it trains, expert parallelism."""
     vocabulary = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -161,10 +161,15 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         _check_tokenizer(config, name, model.source, tokenizer, rows=rows)
     if config.data.sequence_length > text.max_position_embeddings:
         raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
-    if config.parallel.expert_parallel == 1:
+    if config.parallel.expert_parallel == 1 or _is_only_read(config, name):
         return use_sparse_experts(opened)
     experts_divisible(opened.config, config.parallel.expert_parallel, model=f"{name} ({model.source})")
     return opened
+
+
+def _is_only_read(config: Config, name: str) -> bool:
+    """True for a teacher without an engine: it is whole on every rank, its experts too."""
+    return name == "teacher" and config.teacher.mode != "codistill"
 
 
 def _seed(config: Config, name: str) -> int:

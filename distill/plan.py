@@ -4,8 +4,10 @@ show(config, world_size=512, mfu=0.4) prints the resolved configuration and, for
 FLOPs per token, and what the herd does in a day. No device is touched and no data is read.
 """
 
-from transformers import Llama4TextConfig
+import torch
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
+from distill.features import build_features
 from distill.losses.chunks import chunk_of
 from herd.data.corpora import check_source
 from herd.data.tokenizer import check_path
@@ -17,6 +19,7 @@ from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
+GPU = torch.device("cuda")
 SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulation} x ranks {ranks}"
 
 
@@ -60,19 +63,22 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         if config.data.sequence_length > text.max_position_embeddings:
             raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
-        experts_divisible(text, config.parallel.expert_parallel, model=f"{name} ({source})")
         frozen = name == "teacher" and config.teacher.mode == "frozen"
+        # A teacher that is only read has no engine: it is whole on every rank.
+        expert_parallel = 1 if frozen else config.parallel.expert_parallel
+        experts_divisible(text, expert_parallel, model=f"{name} ({source})")
         setup = Setup(
-            zero=config.parallel.zero,
-            expert_parallel=config.parallel.expert_parallel,
+            zero=1 if frozen else config.parallel.zero,
+            expert_parallel=expert_parallel,
             world_size=world_size,
             precision=config.run.precision,
             frozen=frozen,
             accumulation=accumulation,
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
+            beside=() if name == "teacher" else _projections(config, name),
             chunk_tokens=config.loss.chunk_tokens
-            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4),
+            or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4, GPU),
         )
         plans[name] = plan(text, setup)
     return plans
@@ -80,6 +86,21 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
 
 def _source(config: Config, name: str) -> str:
     return config.teacher.source if name == "teacher" else config.students[name].source
+
+
+def _projections(config: Config, name: str) -> tuple[int, ...]:
+    """Elements of every parameter that this student's feature losses learn: the losses are built, without storage."""
+    if not config.loss.features:
+        return ()
+    with torch.device("meta"):
+        student, teacher = (
+            AutoModelForCausalLM.from_config(
+                read_config(model.source, overrides=model.overrides, vocabulary=_vocabulary(config))
+            )
+            for model in (config.students[name], config.teacher)
+        )
+        features = build_features(config.loss.features, student, teacher, name=name, seed=0)
+    return () if features is None else tuple(parameter.numel() for parameter in features.parameters())
 
 
 def _vocabulary(config: Config) -> dict[str, int]:

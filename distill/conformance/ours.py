@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.conformance import our_cache
 from distill.losses import (
     DenseTargets,
     Distillation,
@@ -21,6 +22,9 @@ from distill.losses import (
 )
 from distill.losses.divergences import NAMES
 from teachers.targets import Tail
+
+cache = our_cache.head_and_tail
+"""What the trainer reads; the other codecs are beside it."""
 
 PATHS = ("dense", "fused", "fused_dense", "sparse", "fused_sparse", "sampled", "fused_sampled")
 Loss = Callable[..., Distillation]

@@ -17,9 +17,10 @@ NAME = "paths_agree"
 
 def paths_agree(targets: Sequence[Target]) -> Iterator[Comparison]:
     """Compare all targets with the first."""
-    first, *others = [one for one in targets if not one.is_cache and one.declared.tail != "sampled"]
-    if not others:
+    whole = [one for one in targets if not one.is_cache and one.declared.tail != "sampled"]
+    if len(whole) < 2:
         raise NotApplicable("needs two losses that read whole distributions: give --target twice")
+    first, *others = whole
     for other in others:
         pair, within = f"{other.name} against {first.name}", max(first.within, other.within)
         for options in _settings(first, other):

@@ -2,8 +2,8 @@
 
     value_C, gradient_CK = divergence("jsd", 0.3)(log_q_CK, log_p_CK)
 
-Shapes: C tokens, K classes (the vocabulary, or a few classes and the bucket of all others). Both inputs are
-normalised and may be overwritten. All are >= 0, 0 at q = p, and unchanged when a constant is added to all logits.
+Shapes: C tokens, K classes (the vocabulary, or a few classes and the bucket of all others). Both inputs are normalised,
+may hold -inf and may be overwritten. All are >= 0, 0 at q = p, and unchanged when a constant is added to all logits.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from herd.run.errors import ConfigError
+from teachers.targets import LEAST_LOGIT
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -48,17 +49,26 @@ def divergence(name: str, parameter: float | None = None) -> Divergence:
     return partial(skew_kl if name == "skew_kl" else skew_reverse_kl, skew=value)
 
 
+def expectation(p_CK: torch.Tensor, x_CK: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of p x [C], where a class without mass counts 0 even if its x is infinite. `out` may be overwritten."""
+    if torch.compiler.is_compiling() or p_CK.is_cuda:  # one fused pass; and a device is not waited for
+        return torch.where(p_CK == 0, 0.0, p_CK * x_CK).sum(1)
+    products_CK = torch.mul(p_CK, x_CK, out=out)
+    sum_C = products_CK.sum(1)
+    # Hardly any logits hold -inf: only where they do is a pass spent on them.
+    return products_CK.masked_fill_(p_CK == 0, 0.0).sum(1) if sum_C.isnan().any() else sum_C
+
+
 def forward_kl(log_q_CK: torch.Tensor, log_p_CK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q); gradient q - p."""
+    """KL(p || q), infinite where q rules out a class that p does not; gradient q - p."""
     p_CK = log_p_CK.exp()
-    # Where p is 0 its logarithm is -inf, and 0 x -inf is not the 0 that it should be.
-    value_C = torch.linalg.vecdot(p_CK, log_p_CK.clamp_min_(torch.finfo(p_CK.dtype).min).sub_(log_q_CK))
+    value_C = expectation(p_CK, log_p_CK.clamp_min_(torch.finfo(p_CK.dtype).min).sub_(log_q_CK), out=log_p_CK)
     return value_C, log_q_CK.exp_().sub_(p_CK)
 
 
 def reverse_kl(log_q_CK: torch.Tensor, log_p_CK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(q || p); gradient q (log q/p - KL)."""
-    ratio_CK = log_p_CK.clamp_min_(FLOOR).sub_(log_q_CK).neg_()
+    ratio_CK = log_p_CK.clamp_min_(FLOOR).sub_(log_q_CK.clamp_min_(LEAST_LOGIT)).neg_()
     q_CK = log_q_CK.exp_()
     value_C = torch.linalg.vecdot(q_CK, ratio_CK)
     return value_C, ratio_CK.sub_(value_C[:, None]).mul_(q_CK)
@@ -70,7 +80,7 @@ def jensen_shannon(log_q_CK: torch.Tensor, log_p_CK: torch.Tensor, *, beta: floa
     The generalised Jensen-Shannon divergence (GKD, 2306.13649), divided so that it runs continuously from the forward
     KL at b = 0 to the reverse KL at b = 1. log q/m = -log1p(b (p/q - 1)) keeps its digits at both ends.
     """
-    p_CK, ratio_CK = log_p_CK.exp(), log_p_CK.sub_(log_q_CK)
+    p_CK, ratio_CK = log_p_CK.exp(), log_p_CK.sub_(log_q_CK.clamp_min_(LEAST_LOGIT))
     q_CK = log_q_CK.exp_()
     student_CK = ratio_CK.clamp_max(LARGEST_LOG_RATIO).expm1_().mul_(beta).log1p_().div_(-beta)
     teacher_CK = ratio_CK.neg_().clamp_max_(LARGEST_LOG_RATIO).expm1_().mul_(1 - beta).log1p_().div_(beta - 1)
@@ -81,7 +91,7 @@ def jensen_shannon(log_q_CK: torch.Tensor, log_p_CK: torch.Tensor, *, beta: floa
 
 def skew_kl(log_q_CK: torch.Tensor, log_p_CK: torch.Tensor, *, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(p || s p + (1 - s) q), bounded by -log s (DistiLLM, 2402.03898)."""
-    p_CK, ratio_CK = log_p_CK.exp(), log_p_CK.sub_(log_q_CK)
+    p_CK, ratio_CK = log_p_CK.exp(), log_p_CK.sub_(log_q_CK.clamp_min_(LEAST_LOGIT))
     q_CK = log_q_CK.exp_()
     surprise_CK = ratio_CK.neg_().clamp_max_(LARGEST_LOG_RATIO).expm1_().mul_(1 - skew).log1p_().neg_()
     value_C = torch.linalg.vecdot(p_CK, surprise_CK)
@@ -93,7 +103,7 @@ def skew_reverse_kl(
     log_q_CK: torch.Tensor, log_p_CK: torch.Tensor, *, skew: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(q || s q + (1 - s) p), the student in the mixture differentiated too (DistiLLM-2's code detaches it)."""
-    ratio_CK = log_p_CK.sub_(log_q_CK)
+    ratio_CK = log_p_CK.sub_(log_q_CK.clamp_min_(LEAST_LOGIT))
     q_CK = log_q_CK.exp_()
     surprise_CK = ratio_CK.clamp_max_(LARGEST_LOG_RATIO).expm1_().mul_(1 - skew).log1p_().neg_()
     value_C = torch.linalg.vecdot(q_CK, surprise_CK)

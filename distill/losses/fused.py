@@ -150,20 +150,22 @@ class _Job:
             1.0 / count.double().clamp_min(1),
         )
 
-    def chunks(self, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-        return slices(0, len(self.labels_T), self.chunk_tokens or chunk_of(vocabulary, dtype.itemsize))
+    def chunks(self, vocabulary: int, inputs: torch.Tensor) -> list[slice]:
+        size = self.chunk_tokens or chunk_of(vocabulary, inputs.dtype.itemsize, inputs.device)
+        return slices(0, len(self.labels_T), size)
 
     def mix(self, logits_CV: torch.Tensor, rows: slice, stats_ST: torch.Tensor) -> torch.Tensor:
         """Turn the logits of these tokens into every token's own gradient, ignored ones' too; returns their loss.
 
-        Block by block in fp32 (or fp64), so that no fp32 [C, V] tensor is made of bf16 logits.
+        On a CPU block by block in fp32 (or fp64), so that no fp32 [C, V] tensor is made of bf16 logits.
         """
         total = torch.zeros((), dtype=torch.float64, device=logits_CV.device)
         # The teacher's logits exist for half a chunk only.
         for half in slices(rows.start, rows.stop, -(-(rows.stop - rows.start) // 2)):
             sparse = self.targets is None or isinstance(self.targets, SparseTargets)
             full_CV = None if sparse else self.targets.logits(half)
-            for block in slices(half.start, half.stop, block_of(logits_CV.shape[1])):
+            whole = half.stop - half.start
+            for block in slices(half.start, half.stop, whole if logits_CV.is_cuda else block_of(logits_CV.shape[1])):
                 teacher = full_CV
                 if full_CV is not None:
                     inside = slice(block.start - half.start, block.stop - half.start)
@@ -214,7 +216,7 @@ class _FusedLinear(torch.autograd.Function):
         grad_head = HeadGradient(head_VH) if need_head else None
         stats_ST = hidden_TH.new_empty((len(STATS), hidden_TH.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        chunks = job.chunks(head_VH.shape[0], hidden_TH.dtype)
+        chunks = job.chunks(head_VH.shape[0], hidden_TH)
         buffer_CV = hidden_TH.new_empty(chunks[0].stop if chunks else 0, head_VH.shape[0])
         for rows in chunks:
             gradient_CV = torch.mm(hidden_TH[rows], head_VH.T, out=buffer_CV[: rows.stop - rows.start])
@@ -248,7 +250,7 @@ class _FromLogits(torch.autograd.Function):
         grad_TV = logits_TV.clone()
         stats_ST = logits_TV.new_empty((len(STATS), logits_TV.shape[0]), dtype=working)
         total = stats_ST.new_zeros((), dtype=torch.float64)
-        for rows in job.chunks(logits_TV.shape[1], logits_TV.dtype):
+        for rows in job.chunks(logits_TV.shape[1], logits_TV):
             total += job.mix(grad_TV[rows], rows, stats_ST)
         grad_TV.mul_(job.scale.to(grad_TV.dtype)).masked_fill_(~job.valid_T[:, None], 0.0)
         ctx.gradient = grad_TV

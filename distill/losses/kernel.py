@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.losses.compiled import fused
 from distill.losses.divergences import Divergence, forward_kl
 from distill.losses.soft_gradient import SoftGradient, bucket_gradient, full_targets_gradient, sampled_gradient
 from distill.losses.token_stats import TokenStats
@@ -29,7 +30,7 @@ class LossTerms:
     divergence: Divergence = forward_kl
     temperature: float = 1.0
     label_smoothing: float = 0.0
-    """Share of the hard target spread over the whole vocabulary; the reported cross-entropy stays the plain one."""
+    """Share of the hard target spread over all classes (not those at -inf); the reported CE is the plain one."""
     z_loss: float = 0.0
     """Coefficient of the squared log sum exp (PaLM, 2204.02311), whatever alpha is."""
 
@@ -50,15 +51,8 @@ def mix_chunk(
     `labels_C` must be in range everywhere. Loss and statistics are zero where `valid_C` is false; the gradient is left
     to the caller, who scales it without a pass of its own.
     """
-    label_C, highest_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1), logits_CV.amax(1)
-    mean_C = logits_CV.mean(1) if terms.label_smoothing else label_C
-    soft, teacher_ce_C = None, torch.zeros_like(label_C)
-    if teacher is not None:
-        soft, teacher_ce_C = _soft(logits_CV, labels_C, teacher, terms)
-    q_CV = torch.softmax(logits_CV, 1, out=logits_CV)
-    normalizer_C = highest_C - q_CV.amax(1).log()
-    ce_C = normalizer_C - label_C
-    hard_C = ce_C + terms.label_smoothing * (label_C - mean_C)
+    q_CV, hard, soft, teacher_ce_C = fused(_measure, logits_CV)(logits_CV, labels_C, teacher, terms)
+    normalizer_C, ce_C, hard_C = hard.normalizer_C, hard.ce_C, hard.value_C
     asked: dict[str, torch.Tensor] = {}
     absent_C = _absent(teacher)
     if soft is None:
@@ -72,13 +66,55 @@ def mix_chunk(
         alpha_C = alpha(tokens)
         if absent_C is not None:
             alpha_C = alpha_C.masked_fill(absent_C, 0.0)
-    loss_C = (1 - alpha_C) * hard_C + alpha_C * terms.temperature**2 * kd_C
+    loss_C = _weighted(1 - alpha_C, hard_C) + _weighted(alpha_C, terms.temperature**2 * kd_C)
     if terms.z_loss:
         loss_C = loss_C + terms.z_loss * normalizer_C.square()
-    _to_gradient(q_CV, labels_C, normalizer_C, alpha_C, soft, terms)
+    fused(_to_gradient, q_CV)(q_CV, labels_C, hard, alpha_C, soft, terms)
     known = {"ce": ce_C, "kd": kd_C, "kl": kl_C, "teacher_ce": teacher_ce_C, "teacher_entropy": entropy_C}
     stats_SC = _listed(known | {"alpha": alpha_C} | asked, absent_C)
     return loss_C.masked_fill(~valid_C, 0.0), stats_SC.masked_fill_(~valid_C, 0.0)
+
+
+@dataclass(frozen=True)
+class _Hard:
+    """The hard half of a chunk."""
+
+    normalizer_C: torch.Tensor
+    """The student's log sum exp."""
+    ce_C: torch.Tensor
+    value_C: torch.Tensor
+    """The same with label smoothing."""
+    open_CV: torch.Tensor | None
+    """1 where the label may be spread to, with label smoothing."""
+
+
+def _measure(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, teacher: torch.Tensor | SparseTargets | None, terms: LossTerms
+) -> tuple[torch.Tensor, _Hard, SoftGradient | None, torch.Tensor]:
+    """q, written over the logits; both halves of the loss; the teacher's -log p(label) [C]."""
+    label_C, highest_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1), logits_CV.amax(1)
+    open_CV, target_C = None, label_C
+    if terms.label_smoothing:
+        open_CV, mean_C = _open_classes(logits_CV)
+        target_C = (1 - terms.label_smoothing) * label_C + terms.label_smoothing * mean_C
+    soft, teacher_ce_C = None, torch.zeros_like(label_C)
+    if teacher is not None:
+        soft, teacher_ce_C = _soft(logits_CV, labels_C, teacher, terms)
+    q_CV = torch.softmax(logits_CV, 1, out=logits_CV)
+    normalizer_C = highest_C - q_CV.amax(1).log()
+    return q_CV, _Hard(normalizer_C, normalizer_C - label_C, normalizer_C - target_C, open_CV), soft, teacher_ce_C
+
+
+def _open_classes(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 where a class is not ruled out by -inf, else 0; and the mean [C] of the logits a label is spread over."""
+    open_CV = logits_CV > -torch.inf
+    mean_C = torch.where(open_CV, logits_CV, 0.0).sum(1) / open_CV.sum(1)
+    return open_CV.to(logits_CV.dtype), mean_C
+
+
+def _weighted(weight_C: torch.Tensor, loss_C: torch.Tensor) -> torch.Tensor:
+    """Their product; 0 for a loss that has no weight, even if it is infinite."""
+    return (weight_C * loss_C).masked_fill_(weight_C == 0, 0.0)
 
 
 def _soft(
@@ -134,7 +170,7 @@ def _listed(known: dict[str, torch.Tensor], absent_C: torch.Tensor | None) -> to
 def _to_gradient(
     q_CV: torch.Tensor,
     labels_C: torch.Tensor,
-    normalizer_C: torch.Tensor,
+    hard: _Hard,
     alpha_C: torch.Tensor,
     soft: SoftGradient | None,
     terms: LossTerms,
@@ -145,7 +181,7 @@ def _to_gradient(
     """
     hard_C = 1 - alpha_C
     mixed = soft is None or soft.mixes
-    share_C = (torch.ones_like(alpha_C) if mixed else hard_C) + 2 * terms.z_loss * normalizer_C
+    share_C = (torch.ones_like(alpha_C) if mixed else hard_C) + 2 * terms.z_loss * hard.normalizer_C
     if soft is None:
         if terms.z_loss:
             q_CV.mul_(share_C[:, None])
@@ -154,5 +190,6 @@ def _to_gradient(
             soft.scale_q(q_CV, share_C, alpha_C)
         soft.add_to(q_CV, alpha_C)
     if terms.label_smoothing:
-        q_CV.sub_((hard_C * (terms.label_smoothing / q_CV.shape[1]))[:, None])
+        spread_C = hard_C / hard.open_CV.sum(1)
+        q_CV.addcmul_(hard.open_CV, spread_C[:, None], value=-terms.label_smoothing)
     q_CV.scatter_add_(1, labels_C[:, None], (hard_C * (terms.label_smoothing - 1))[:, None])

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from distill.losses.divergences import expectation
 from distill.losses.uld import sorted_difference
 from teachers.spans import SharedTokens
 
@@ -39,12 +40,12 @@ def merged_loss(
     shared: SharedTokens,
     *,
     kind: Kind,
-    matched_weight: float | None = None,
+    matched_weight: float | None = 1.0,
 ) -> MergedLoss:
     """The loss between merged masses q exp(q_later) and p exp(p_later).
 
     uld: sum |p_(i) - q_(i)| over all classes, sorted. spans: weight x KL over the shared tokens + (1 - weight) x the
-    sorted difference of the others; `matched_weight` is by default the share of the teacher's tokens that are shared.
+    sorted difference of the others; a `matched_weight` of None is the share of the teacher's tokens that are shared.
     `several_S`: whether the student's side has more than one token. 0 when both say the same.
     """
     log_q_SV, log_p_SW = log_q_SV + q_later_S[:, None], log_p_SW + p_later_S[:, None]
@@ -87,6 +88,6 @@ def _shared_divergence(
     has_rest_S = several_S | (log_q_SV.shape[1] > shared.student_M.shape[0])
     floored_S = rest_q_S.clamp_min(FLOOR)
     rest_S = torch.xlogy(rest_p_S, rest_p_S) - rest_p_S * floored_S.log()
-    kl_S = (p_SM * (log_p_SM - log_q_SM)).sum(1) + torch.where(has_rest_S, rest_S, -torch.xlogy(head_S, head_S))
+    kl_S = expectation(p_SM, log_p_SM - log_q_SM) + torch.where(has_rest_S, rest_S, -torch.xlogy(head_S, head_S))
     ratio_S = torch.where(has_rest_S & (rest_q_S > FLOOR), rest_p_S / floored_S, 0.0)
     return kl_S, q_SM * ratio_S[:, None] - p_SM

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses.divergences import Divergence, forward_kl
+from distill.losses.divergences import Divergence, expectation, forward_kl
 from distill.losses.token_stats import GradientProducts
 
 LEAST_BUCKET = -100.0
@@ -114,7 +114,7 @@ def full_targets_gradient(
     p_CW = log_p_CW.exp()
     entropy_C = -torch.mul(p_CW, log_p_CW, out=teacher_CW).sum(1)
     log_q_CV = torch.log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature, 1)
-    kl_C = -entropy_C - torch.mul(p_CW, log_q_CV[:, : p_CW.shape[1]], out=teacher_CW).sum(1)
+    kl_C = -entropy_C - expectation(p_CW, log_q_CV[:, : p_CW.shape[1]], out=teacher_CW)
     peak_C, square_C = p_CW.amax(1), torch.mul(p_CW, p_CW, out=p_CW).sum(1)
     del p_CW
     value_C, gradient_CV = divergence(log_q_CV, widened(log_p_CW, log_q_CV.shape[1]))
@@ -129,7 +129,7 @@ def _mixed_target(logits_CV: torch.Tensor, teacher_CW: torch.Tensor) -> tuple[So
     peak_C = p_CW.amax(1)
     normalizer_C = highest_C - peak_C.log()
     entropy_C = normalizer_C - teacher_CW.mul_(p_CW).sum(1)
-    followed_C = torch.mul(p_CW, logits_CV[:, : p_CW.shape[1]], out=teacher_CW).sum(1)
+    followed_C = expectation(p_CW, logits_CV[:, : p_CW.shape[1]], out=teacher_CW)
     value_C = -entropy_C - followed_C
     soft = SoftGradient(value_C, value_C, entropy_C, peak_C, None, mixes=True, dense_CW=p_CW, sign=-1.0)
     return soft, normalizer_C
@@ -156,7 +156,7 @@ def sampled_gradient(
     """
     ids_CK = ids_CK.clamp_min(0)
     peak_C, square_C = probs_CK.amax(1), probs_CK.square().sum(1)
-    listed_C = (probs_CK * logits_CV.gather(1, ids_CK)).sum(1) / temperature
+    listed_C = expectation(probs_CK, logits_CV.gather(1, ids_CK)) / temperature
     sparse = {"ids_CK": ids_CK, "values_CK": probs_CK * -temperature}
     if temperature == 1.0:
         value_C = -listed_C - entropy_C
@@ -191,7 +191,6 @@ def bucket_gradient(
     logits_CV.scatter_(1, ids_CK, raw_CK)
     listed_CK = (raw_CK / temperature).masked_fill_(~used_CK, -torch.inf)
     log_q_CK = torch.cat((listed_CK, bucket_C1), 1).log_softmax(1)
-    log_q_CK.clamp_min_(torch.finfo(log_q_CK.dtype).min / 4)  # unused slots: finite, so that nothing times 0 is NaN
     log_q_CK[:, -1].clamp_min_(LEAST_BUCKET)
     rest_C1 = (1 - probs_CK.sum(1, keepdim=True)).clamp_min_(0)
     log_p_CK = torch.cat((probs_CK, rest_C1), 1).log()

@@ -29,7 +29,7 @@ def span_distillation(
     targets: SpanTargets,
     *,
     kind: Kind,
-    matched_weight: float | None = None,
+    matched_weight: float | None = 1.0,
     alpha: Alpha = 0.5,
     ignore_index: int = -100,
     normalizer: torch.Tensor | float | None = None,
@@ -71,9 +71,10 @@ class _Job:
         scale = 1.0 / count.double().clamp_min(1)
         return cls(labels_T, valid_T, span_T, targets, kind, matched_weight, alpha, chunk_tokens, scale)
 
-    def chunks(self, vocabulary: int, itemsize: int) -> Iterator[slice]:
+    def chunks(self, vocabulary: int, outputs: torch.Tensor) -> Iterator[slice]:
         """Slices of about `chunk_tokens` tokens; one that would end inside a span ends after it."""
-        spans, size = self.span_T.tolist(), self.chunk_tokens or chunk_of(vocabulary, itemsize)
+        spans = self.span_T.tolist()
+        size = self.chunk_tokens or chunk_of(vocabulary, outputs.dtype.itemsize, outputs.device)
         start = 0
         while start < len(spans):
             end = min(start + size, len(spans))
@@ -184,7 +185,7 @@ class _SpanDistillation(torch.autograd.Function):
         stats_ST = outputs.new_empty((len(STATS), outputs.shape[0]), dtype=working)
         total = outputs.new_zeros((), dtype=torch.float64)
         vocabulary = outputs.shape[1] if head_VH is None else head_VH.shape[0]
-        for rows in job.chunks(vocabulary, outputs.dtype.itemsize):
+        for rows in job.chunks(vocabulary, outputs):
             logits_CV = (outputs[rows] if head_VH is None else outputs[rows] @ head_VH.T).to(working)
             stats_ST[:, rows], loss, gradient_CV = job.run(logits_CV, rows)
             total += loss

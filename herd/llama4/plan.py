@@ -61,6 +61,8 @@ class Setup:
     sequence_length: int = 8192
     micro_rows: int = 1
     """Sequences per rank and forward."""
+    beside: tuple[int, ...] = ()
+    """Elements of each parameter that trains in the model's engine and is not the model's, such as projections."""
     persistence_threshold: int = PERSISTENCE_THRESHOLD
     reduce_bucket: int = REDUCE_BUCKET
 
@@ -99,6 +101,7 @@ class Plan:
         memory |= {"activations (est.)": self.activations, "logits (est.)": self.logits, "sum": self.bytes_per_rank}
         rows = [("parameters", f"{_short(self.counts.total).strip()}, active {_short(self.counts.active).strip()}")]
         rows += [(f"  {kind.replace('_', ' ')}", value) for kind, value in parameters.items()]
+        rows += [("  beside the model", _short(sum(self.setup.beside)).strip())] if self.setup.beside else []
         rows += [("bytes per rank", "")] + [(f"  {kind}", f"{_short(n)}B") for kind, n in memory.items() if n]
         rows += [("  activations if recomputed (est.)", f"{_short(self.activations_recomputed)}B")]
         rows += [("KV cache of a sequence", f"{_short(self.kv_cache)}B")]
@@ -127,6 +130,7 @@ def plan(config: Llama4TextConfig, setup: Setup) -> Plan:
             frozen=setup.frozen,
             accumulation=setup.accumulation,
             persistence_threshold=setup.persistence_threshold,
+            beside=setup.beside,
         ),
         buckets=setup.reduce_bucket * width * trained,
         gathered=_largest_layer(config, setup.expert_parallel) * width if setup.zero == 3 else 0,
@@ -134,7 +138,7 @@ def plan(config: Llama4TextConfig, setup: Setup) -> Plan:
         activations_recomputed=(layer_inputs * width + max(layers)) * tokens * trained,
         logits=2 * min(setup.chunk_tokens, tokens) * config.vocab_size * width,
         kv_cache=kv_bytes(config, setup.sequence_length, bytes_per_value=width),
-        flops_per_token=cost(config, setup.sequence_length),
+        flops_per_token=cost(config, setup.sequence_length) + 6 * sum(setup.beside),
     )
 
 
@@ -148,6 +152,7 @@ def state_bytes(
     frozen: bool = False,
     accumulation: int = 1,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
+    beside: tuple[int, ...] = (),
 ) -> StateBytes:
     """Return the exact bytes of training state a rank holds between backward and step.
 
@@ -161,7 +166,7 @@ def state_bytes(
         )
     experts_divisible(config, expert_parallel)
     width = _BYTES[precision]
-    pieces = _pieces(config, expert_parallel)
+    pieces = _pieces(config, expert_parallel) + [(numel, False) for numel in beside]
     whole = sum(numel for numel, _ in pieces)
     if zero == 3:
         shares = [numel * (expert_parallel if is_expert else 1) for numel, is_expert in pieces]

@@ -64,8 +64,8 @@ class SortedLoss(Section):
 class SpanLoss(Section):
     kind: Literal["spans"]
     """Divergence on the tokens both vocabularies have, sorted masses on the others."""
-    matched_weight: Fraction | None = None
-    """Weight of the tokens both have, the others get 1 - it; by default the share of the teacher's tokens that are."""
+    matched_weight: Fraction | None = 1.0
+    """Weight of the tokens both have, the others get 1 - it; `null`: the share of the teacher's tokens that are."""
 
 
 CrossTokenizer = Annotated[SortedLoss | SpanLoss, Field(discriminator="kind")]

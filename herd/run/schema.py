@@ -162,7 +162,7 @@ class Loss(Section):
     cross_tokenizer: CrossTokenizer | None = None
     """For a frozen teacher with a tokenizer of its own: how what it says of the same bytes is compared."""
     chunk_tokens: int | None = Field(None, gt=0)
-    """Tokens whose logits exist at one time; by default as many as make 16 MiB of them, 64 at least."""
+    """Tokens whose logits exist at one time; by default as many as make 16 MiB of them, at least 64 (512 on a GPU)."""
 
 
 class Distil(Section):

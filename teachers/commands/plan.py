@@ -18,6 +18,7 @@ from herd.llama4.source import is_spec, read_config
 from teachers.commands.job import local_folder, prepare
 from teachers.commands.options import Options
 from teachers.commands.sample import sample_bytes
+from teachers.commands.ways import EACH, MEANING, TOGETHER, work
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,6 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-TOGETHER, EACH, WRITE_THROUGH, OFFLINE = "online together", "online each", "write-through", "offline"
-MEANING = {
-    TOGETHER: "all students in one run, the teacher's forward beside them",
-    EACH: "a run for each student, the teacher's forward in all of them",
-    WRITE_THROUGH: "the teacher trains anyway: its forward is there, the cache is a by-product",
-    OFFLINE: "one forward of every row, read by every student and epoch",
-}
-
-
 def plan(options: Options) -> Plan:
     """The plan of these options. Counts the data's tokens unless they are given; loads no weights."""
     config = _config(options)
@@ -102,10 +94,7 @@ def plan(options: Options) -> Plan:
         students=options.students,
         epochs=options.epochs,
         hours={
-            TOGETHER: once * options.epochs,
-            EACH: once * options.epochs * options.students,
-            WRITE_THROUGH: 0.0,
-            OFFLINE: once,
+            way: once * done.forwards for way, done in work(students=options.students, epochs=options.epochs).items()
         },
         pays_from={TOGETHER: 1 if options.epochs > 1 else 0, EACH: floor(1 / options.epochs) + 1},
     )

@@ -74,6 +74,19 @@ def right_cache(input_ids_NT, teacher_ids_NTK, teacher_probs_NTK):
     return read
 
 
+def cache_renormalised(input_ids_NT, teacher_ids_NTK, teacher_probs_NTK):
+    return right_cache(input_ids_NT, teacher_ids_NTK, teacher_probs_NTK / teacher_probs_NTK.sum(-1, keepdim=True))
+
+
+def cache_of_a_cut_off_tail(input_ids_NT, teacher_ids_NTK, teacher_probs_NTK):
+    """Says that what it kept stands for the whole."""
+    probs_NTK, places_NTK = teacher_probs_NTK.topk(min(8, teacher_probs_NTK.shape[-1]))
+    return cache_renormalised(input_ids_NT, teacher_ids_NTK.gather(-1, places_NTK), probs_NTK)
+
+
+cache_of_a_cut_off_tail.conformance = {"tail": "sampled"}
+
+
 # 1
 def student_padded_with_zero(student_logits, teacher_logits, labels):
     width = max(student_logits.shape[1], teacher_logits.shape[1])

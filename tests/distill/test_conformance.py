@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from distill.conformance import __main__ as command
-from distill.conformance import ours, ranks, suite
+from distill.conformance import our_cache, ours, ranks, suite
 from distill.conformance.definitions import by_definition
 from distill.conformance.problem import draw
 from distill.conformance.target import load, of
@@ -41,6 +41,8 @@ FAILED_BY = {
     (1, defects.student_padded_with_zero): {"wider_vocabulary"},
     (2, defects.truncated): {"non_negative", "head_mass", "zero_at_identity", "data_processing", "definition"},
     (3, defects.teacher_renormalised): {"zero_at_identity", "head_mass", "data_processing", "definition"},
+    (3, defects.cache_renormalised): {"kept_masses"},
+    (3, defects.cache_of_a_cut_off_tail): {"kept_masses"},
     (4, defects.both_renormalised): {"tail_matters", "data_processing", "definition"},
     (5, defects.truncated_reverse): {
         "mass_on_support", "non_negative", "zero_at_identity", "data_processing", "definition",
@@ -90,7 +92,14 @@ def test_all_our_paths_pass_every_check_that_applies(report):
 
 
 def test_no_check_is_skipped_by_all_of_our_paths_but_the_one_of_heads_we_refuse(report):
-    assert set(report.names("passed")) == set(suite.NAMES) - {"more_than_a_matrix"}
+    assert set(report.names("passed")) == set(suite.NAMES) - {"more_than_a_matrix", "kept_masses"}
+
+
+@pytest.mark.parametrize("codec", our_cache.CODECS)
+def test_our_caches_pass_what_a_cache_is_asked(codec):
+    report = suite.run([load(f"distill.conformance.our_cache:{codec}")])
+    assert not report.failed, report.to_text()
+    assert set(report.names("passed")) == {"misaligned_targets", "large_ids", "kept_masses"}
 
 
 @pytest.mark.parametrize(("defect", "failed"), FAILED_BY.items(), ids=[loss.__name__ for _, loss in FAILED_BY])

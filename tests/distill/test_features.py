@@ -14,6 +14,7 @@ from distill.learner import Learner
 from distill.loop import Loop
 from distill.losses import fused_linear_distillation
 from distill.losses.hidden_states import hidden_state_distance
+from distill.plan import plan_run
 from herd.llama4 import build, use_sparse_experts
 from herd.run import config as configuration
 from herd.run import ranks
@@ -227,3 +228,19 @@ def test_a_feature_loss_that_is_not_finite_stops_the_run(tmp_path):
         weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"scout: .*not finite.*features.*projections\.0\.weight holds NaN"):
         take_steps(assembly, config, [0])
+
+
+def test_the_plan_counts_what_feature_losses_learn(tmp_path):
+    assembly, config = small_assembly(tmp_path, ALL)
+    plans = plan_run(config, world_size=1)
+    without = plan_run(configuration.load("configs/smoke.yaml", [*SMALL, f"run.folder={tmp_path}"]), world_size=1)
+    for name, pupil in assembly.herd.pupils.items():
+        learnt = sum(p.numel() for p in pupil.member.learner.features.parameters())
+        assert learnt > 0 and sum(plans[name].setup.beside) == learnt
+        more = {
+            kind: getattr(plans[name].state, kind) - getattr(without[name].state, kind)
+            for kind in ("weights", "master", "moments")
+        }
+        assert more == {"weights": 2 * learnt, "master": 4 * learnt, "moments": 8 * learnt}
+        assert "beside the model" in plans[name].table()
+    assert plans["teacher"].state == without["teacher"].state

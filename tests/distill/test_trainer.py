@@ -180,6 +180,24 @@ def test_experts_that_ranks_cannot_share_are_named_with_their_model(name, tmp_pa
         assemble(config, tmp_path)
 
 
+def test_a_frozen_teacher_is_whole_on_every_rank_and_need_not_share_its_experts(tmp_path, monkeypatch):
+    odd = ["teacher.mode=frozen", "teacher.overrides.num_local_experts=3", "parallel.zero=3"]
+    spread, alone = (small_config(tmp_path, *odd, f"parallel.expert_parallel={ranks_}") for ranks_ in (2, 1))
+    planned = plan_run(spread, world_size=2)["teacher"]
+    assert planned.state == plan_run(alone, world_size=2)["teacher"].state
+    assert planned.state.total == 2 * planned.counts.total  # bf16, and nothing but weights
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)  # models are opened before another rank is needed
+    stuck = spread.model_copy(
+        update={
+            "students": {
+                "maverick": spread.students["maverick"].model_copy(update={"overrides": {"num_local_experts": 3}})
+            }
+        }
+    )
+    with pytest.raises(ConfigError, match=r"does not divide the 3 experts .* of maverick"):
+        assemble(stuck, tmp_path)  # the teacher, opened first, was taken
+
+
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run\.folder: .* is a file, not a folder"):

@@ -6,6 +6,7 @@ from distill.conformance.checks import (
     gradient,
     head,
     identity,
+    kept,
     mask,
     normalisation,
     sampling,
@@ -27,4 +28,5 @@ CHECKS: tuple[Check, ...] = (
     *gradient.CHECKS,
     *head.CHECKS,
     *alignment.CHECKS,
+    *kept.CHECKS,
 )
