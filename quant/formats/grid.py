@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.formats.grid_search import search_groups
+from quant.formats.grid_search import search_groups, storable
+
+HALF_LARGEST, HALF_SMALLEST = 65280.0, 2.0**-24  # representable in fp16 and in bf16
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Grid:
     """The zero is 0 and is not stored."""
     group_size: int | None
     """Weights of a row that share parameters; None: all of a row, which is an output channel."""
+    half: bool = False
+    """Scales are exactly representable in fp16 too (GGUF)."""
 
     @property
     def lowest(self) -> int:
@@ -63,7 +67,16 @@ class Grid:
         scale_M, zero_M = search_groups(
             weight_NK.reshape(rows * groups, -1), importance_GS, bits=self.bits, symmetric=self.symmetric
         )
-        return Parameters(scale_M.view(rows, groups), None if zero_M is None else zero_M.view(rows, groups))
+        scale_NG = self.storable(scale_M).view(rows, groups)
+        return Parameters(scale_NG, None if zero_M is None else zero_M.view(rows, groups))
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales rounded to what the format holds, fp32, never zero; for those that `search` did not find."""
+        scale = storable(scale)
+        if not self.half:
+            return scale
+        exact = scale.clamp(-HALF_LARGEST, HALF_LARGEST).to(torch.float16).float()
+        return torch.where(exact == 0, HALF_SMALLEST, exact)
 
     def encode(self, weight_NK: Tensor, parameters: Parameters) -> Tensor:
         """The nearest codes, int8 [N, K]: clamp(round(weight / scale + zero)), ties to even, worked out in fp32.

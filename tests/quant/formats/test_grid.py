@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant import int4
 from quant.formats.grid import Grid, Parameters
 from quant.formats.grid_search import Rounding
 
@@ -65,14 +64,19 @@ def test_asymmetric_grids_fit_shifted_weights_better():
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_four_bits_in_groups_are_what_the_published_int4_has_always_been():
-    weight_NK = random_weight(2, kind=HEAVY)
-    for size in int4.GROUP_SIZES:
-        grid = Grid(4, True, size)
-        parameters = grid.search(weight_NK)
-        codes_NK, scale_NG = int4.quantise(weight_NK, size)
-        assert torch.equal(parameters.scale_NG, scale_NG.float())
-        assert torch.equal(grid.encode(weight_NK, parameters), codes_NK)
+def test_negative_scales_run_in_torchs_int4_kernel():
+    grid = Grid(4, True, 32)
+    weight_NK = random_weight(2, rows=64)
+    parameters = grid.search(weight_NK)
+    codes_NK = grid.encode(weight_NK, parameters)
+    assert (parameters.scale_NG < 0).float().mean() > 0.3
+    input_MK = torch.randn(3, 256).bfloat16()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK.int() + 8, 1)
+    scale_GN = parameters.scale_NG.T.bfloat16()
+    scales_GN2 = torch.stack([scale_GN, torch.zeros_like(scale_GN)], -1).contiguous()
+    ran = torch.ops.aten._weight_int4pack_mm_for_cpu(input_MK, packed, 32, scales_GN2)
+    wanted = input_MK.double() @ grid.decode(codes_NK, parameters).double().T
+    assert (ran.double() - wanted).norm() <= 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -151,6 +155,15 @@ def test_the_search_comes_within_three_percent_of_trying_every_bf16_scale(kind: 
             square_M, fourth_M = rounding.errors(sign * (highest - below).view(torch.bfloat16).float())
             least_M = torch.where(square_M <= limit_M, torch.minimum(least_M, fourth_M.double()), least_M)
     assert found_M.sum() <= 1.03 * least_M.sum()
+
+
+@given(scale=st.floats(-(2.0**100), 2.0**100, width=32))
+def test_scales_for_gguf_are_exact_in_fp16_and_in_bf16(scale: float):
+    stored = Grid(4, True, 32, half=True).storable(torch.tensor(scale))
+    assert stored != 0 and torch.isfinite(stored)
+    assert stored == stored.half().float() == stored.bfloat16().float()
+    if 2.0**-14 <= abs(scale) <= 60000:
+        assert stored == torch.tensor(scale).bfloat16().float()
 
 
 @given(value=st.sampled_from([0.0, 1e-39, 1e-30, 1e30, 3e38]), grid=st.sampled_from(GRIDS))
