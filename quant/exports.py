@@ -149,7 +149,8 @@ _TOKENS = (
 )
 _LIMITS = {
     "int4": _NEAREST + _NEGATIVE,
-    "int4-asym": _NEAREST,
+    "int4-asym": _NEAREST + "transformers 5.23 with compressed-tensors 0.20 opens it with "
+    "`quantization_config=CompressedTensorsConfig(dequantize=True)` only, as `quant.load` does.",
     "int8": _TOKENS,
     "int8-weights": _NEAREST,
     "fp8": _TOKENS,

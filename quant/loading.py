@@ -9,6 +9,7 @@ T tokens, H hidden size, E experts.
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
@@ -48,10 +49,15 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     if not section:
         raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
     try:
-        # The libraries draw progress bars on stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
+        # The libraries draw progress bars on stderr, and warn that `dequantize` is followed.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             model, info = model_class(config).from_pretrained(
-                folder, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, trust_remote_code=False
+                folder,
+                dtype=torch.bfloat16,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **_settings(section),
             )
             _unpack(model, section)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
@@ -59,10 +65,17 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model.eval().requires_grad_(False), info
 
 
+def _settings(section: dict[str, Any]) -> dict[str, Any]:
+    # compressed-tensors (0.20) expects packed zeros in another shape than it writes, unless it unpacks while loading.
+    asymmetric = any(not group["weights"]["symmetric"] for group in section.get("config_groups", {}).values())
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+
+
 def _unpack(model: PreTrainedModel, section: dict[str, Any]) -> None:
     """Turn the layers into plain bf16 ones, by the library of the container."""
     if section["quant_method"] == "compressed-tensors":
-        model.hf_quantizer.compressor.decompress_model(model)
+        if hasattr(model, "hf_quantizer"):  # else they were unpacked while they were loaded
+            model.hf_quantizer.compressor.decompress_model(model)
         keep_tokens_apart(model)
     elif section["quant_method"] == "bitsandbytes":
         model.dequantize(dtype=torch.bfloat16)

@@ -105,10 +105,13 @@ def check_reader(scheme: str, container: str, reader: str, *, moe: bool) -> None
     """Raise ConfigError when the named reader cannot take the result."""
     reason = limit(scheme, container, reader, moe=moe)
     if reason is not None:
-        others = ", ".join(
-            f"{name} ({kind.containers[0]})"
+        readable = {
+            (name, place): None
             for name, kind in SCHEMES.items()
-            if limit(name, kind.containers[0], reader, moe=moe) is None
-        )
-        mend = f"use {others}" if others else "use --container gguf"
+            for place in kind.containers
+            if limit(name, place, reader, moe=moe) is None
+        }
+        places = [place for name, place in readable if name == scheme]
+        others = dict.fromkeys(name for name, _ in readable)
+        mend = f"use container {places[0]}" if places else f"it reads {', '.join(others)}"
         raise ConfigError(f"{scheme} as {container} is not for {reader}: {reason}; {mend}")

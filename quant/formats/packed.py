@@ -25,7 +25,7 @@ class PackedIntegers(Format):
     def fault(self, shape: tuple[int, int]) -> str | None:
         if self.grid.group_size is not None and (fault := undivided(shape[1], self.grid.group_size, "group_size")):
             return fault
-        return undivided(shape[1], 32 // self.grid.bits, "the codes of a word")
+        return undivided(shape[1], 32 // self.grid.bits, "words of")
 
     def stored(self, shape: tuple[int, int]) -> dict[str, Header]:
         rows, columns = shape
