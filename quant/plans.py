@@ -27,6 +27,7 @@ from quant.architectures import (
     has_experts,
     kept_because,
     split_groups,
+    tied_names,
 )
 from quant.formats.format import Header
 from quant.readers import GGUF, check_reader
@@ -180,13 +181,6 @@ def _check_tensors(source: Source, fused: nn.Module) -> None:
             raise DataError(f"{source.place}: {name} has shape {source.headers[name][1]}, config.json says {shape}")
         if name in source.headers and source.headers[name][0] is None:
             raise DataError(f"{source.place}: {name} is stored in a dtype that is not plain floating point")
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Tensors that are another one under a second name, and so are not stored."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    return set(model.all_tied_weights_keys)
 
 
 def _ignored(linears: dict[str, tuple], config: PretrainedConfig, patterns: Sequence[str]) -> dict[str, str]:
