@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -33,16 +34,13 @@ from quant.formats.blocks import Blocks
 from quant.formats.format import Ranges
 from quant.formats.grid import Grid
 from quant.gate_process import GateProcess
+from quant.gguf.layout import layout
+from quant.gguf.metadata import context_length, metadata, rope_factors
+from quant.gguf.reading import MODEL, open_gguf, read_headers, read_values
+from quant.gguf.tokenizer import splitter, tokenizer_metadata
 from quant.readers import GGUF
 from quant.sources import ModelSource
 from tests.quant.tiny_models import build_llama, build_llama4
-
-gguf = pytest.importorskip("gguf")
-
-from quant.gguf.layout import layout  # noqa: E402
-from quant.gguf.metadata import context_length, metadata, rope_factors  # noqa: E402
-from quant.gguf.reading import MODEL, open_gguf, read_headers, read_values  # noqa: E402
-from quant.gguf.tokenizer import splitter, tokenizer_metadata  # noqa: E402
 
 BLOCKS = [Blocks(Grid(bits, True, 32, half=True)) for bits in (4, 8)]
 LLAMA3_ROPE = {
