@@ -195,7 +195,7 @@ def test_evaluations_read_the_folder(exported):
     _, folder = exported["scout", "int4"]
     disk = measure_disk(folder)
     assert disk.quantised_bits_per_weight(count_parameters(folder)) == 4.5
-    assert read_scheme(folder) == "int4" and evals.load(folder).model.config.num_hidden_layers == 4
+    assert read_scheme(folder) == "int4-gguf" and evals.load(folder).model.config.num_hidden_layers == 4
 
 
 def test_the_same_model_gives_the_same_file_from_memory_and_from_a_folder(
