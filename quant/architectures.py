@@ -6,18 +6,21 @@ reason = kept_because("model.layers.0.self_attn.q_proj", config)     # None: it 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
 from herd.run.errors import ConfigError, DataError
 
 LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+ADDING = "to add one, give quant/architectures.py its layers and names (docs/quantisation.md)"
 SUPPORTED = "Llama4ForCausalLM and any transformers causal LM whose experts, if any, are plain nn.Linear layers"
 
 
@@ -58,7 +61,10 @@ MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXPERT_BANK = re.compile(r"^(?P<bank>.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 
 # Names vLLM's loaders map, by architecture (stacked_params_mapping and make_expert_params_mapping in its models).
-_STORED = r"(weight|weight_packed|weight_scale|weight_shape)"
+_STORED = (
+    r"(weight|weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|weight_scale_inv|input_scale"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))"
+)
 _LLAMA_MLP = r"mlp\.(gate_proj|up_proj|down_proj)\.(bias|" + _STORED + ")"
 _LAYER = r"model\.layers\.\d+\."
 _COMMON = (
@@ -91,7 +97,7 @@ def architecture(config: PretrainedConfig) -> str:
     """Name of the model's class; DataError when config.json names none or one transformers lacks."""
     names = config.architectures or []
     if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}")
+        raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}; {ADDING}")
     return names[0]
 
 
@@ -122,7 +128,33 @@ def check_layout(skeleton: PreTrainedModel) -> None:
     for name, parameter in skeleton.named_parameters():
         owner = skeleton.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 3 and not isinstance(owner, Llama4TextExperts | nn.Conv1d):
-            raise ConfigError(f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}")
+            raise ConfigError(
+                f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}; {ADDING}"
+            )
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Tensors that are another one under a second name, and so are not stored."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return set(model.all_tied_weights_keys)
+
+
+def assemble(config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A bf16 model with one module an expert, holding the given tensors."""
+    with no_init_weights():
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        split_experts(model)
+    missing, unexpected = model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    assert not unexpected and set(missing) <= tied_names(model), (missing, unexpected)
+    return model
+
+
+def has_experts(skeleton: PreTrainedModel) -> bool:
+    """Whether any layer chooses among experts."""
+    return any(EXPERT_BANK.match(name) for name, _ in skeleton.named_modules())
 
 
 def kept_because(name: str, config: PretrainedConfig) -> str | None:
@@ -146,6 +178,19 @@ def split_groups(quantised: set[str], kept: set[str]) -> list[str]:
         for group, states in sorted(members.items())
         if len(states) == 2
     ]
+
+
+def weight_tie(name: str) -> str:
+    """What layers that servers merge have in common; those with the same answer share a scale of their weights."""
+    parent, _, leaf = name.rpartition(".")
+    merged = next((leaves for leaves in MERGED if leaf in leaves), (leaf,))
+    return f"{parent}.{'+'.join(merged)}"
+
+
+def input_tie(name: str) -> str:
+    """The same for the scale of their inputs, which servers hold once for all experts of a layer."""
+    bank = EXPERT_BANK.match(name)
+    return weight_tie(f"{bank['bank']}.{name.rpartition('.')[2]}" if bank else name)
 
 
 def _merged_with(name: str) -> list[str]:

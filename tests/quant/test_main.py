@@ -56,6 +56,15 @@ def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
     assert (lineage["role"], lineage["student"], lineage["scheme"]) == ("export", "maverick", "int4-g32")
 
 
+def test_a_gguf_file_is_made_and_described(folders, tmp_path, capsys):
+    more = ["--group-size", "32", "--container", "gguf", "--reader", "llama.cpp"]
+    assert main([*command(folders, tmp_path), *more]) == 0
+    shown = capsys.readouterr().out
+    assert "int4-g32 (Q4_0)" in shown and "ok   metadata" in shown
+    assert (tmp_path / "out" / "model.gguf").is_file()
+    assert "--container gguf" in json.loads((tmp_path / "out" / "lineage.json").read_text())["command"]
+
+
 @pytest.mark.parametrize(
     "more, code, line",
     [
@@ -63,7 +72,13 @@ def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
         (["--group-size", "128"], 2, "group_size 128; use group_size 32 or 64"),
         (["--ignore", "nothing"], 2, "matches no linear layer"),
         (["--group-size", "0"], 2, "group_size = 0"),
-        (["--group-size", "32", "--scheme", "fp8"], 2, "fp8 has no groups"),
+        (["--group-size", "32", "--scheme", "fp8"], 2, "fp8 has no choice of groups"),
+        (
+            ["--group-size", "32", "--container", "bitsandbytes"],
+            2,
+            "int4 cannot be stored as bitsandbytes; it goes into",
+        ),
+        (["--group-size", "32", "--scheme", "int4-asym", "--reader", "vllm"], 2, "expert kernels take symmetric"),
         (["--ignore", "re:["], 2, "not a regular expression"),
         (["--model", "missing"], 2, "--model missing: no such folder"),
     ],

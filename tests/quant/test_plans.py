@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import quant
 from herd.run.errors import ConfigError, DataError, NumericalError
+from herd.run.files import sha256
 from quant.plans import make_plan
 from quant.schemes import Scheme
 from quant.sources import open_source
@@ -94,15 +95,14 @@ def test_ignoring_everything_is_refused(models):
 
 
 def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allowed():
-    with pytest.raises(
-        ConfigError, match=r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32"
-    ):
+    message = r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32 or channel"
+    with pytest.raises(ConfigError, match=message):
         plan_of(build_llama(), group_size=64)
     with pytest.raises(ConfigError, match=r"--ignore 'model\.layers\.0\.mlp\.down_proj' or use fp8"):
-        plan_of(build_llama(intermediate_size=72))
+        plan_of(build_llama(intermediate_size=76))
 
 
-@pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, fp8")])
+@pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, int4-asym, int8")])
 def test_unknown_schemes_and_group_sizes_are_refused(models, scheme, size, message):
     with pytest.raises(ConfigError, match=message):
         quant.quantize(models["llama"], scheme=scheme, group_size=size)
@@ -201,3 +201,27 @@ def test_missing_strange_and_misshapen_tensors_are_named(folders, tmp_path):
     cut = edit(copy(folders["llama"], tmp_path / "cut"), lambda t: t.update({name: t[name][:50].clone()}))
     with pytest.raises(DataError, match=rf"{name} has shape \(50, 64\)"):
         quant.quantize(cut, scheme="int4")
+
+
+def test_a_layer_that_is_quantised_already_is_named(folders, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    half = edit(copy(folders["llama"], tmp_path / "half"), lambda t: t.update({name: torch.ones(96, 1)}))
+    with pytest.raises(DataError, match=r"model\.layers\.0\.mlp\.up_proj is already quantised"):
+        quant.quantize(half, scheme="int4")
+    weight = "model.layers.1.mlp.up_proj.weight"
+    coded = edit(copy(folders["llama"], tmp_path / "coded"), lambda t: t.update({weight: t[weight].to(torch.int8)}))
+    with pytest.raises(DataError, match=f"{weight} is not stored in plain floating point"):
+        quant.quantize(coded, scheme="int4")
+
+
+def test_a_wrong_checksum_names_the_file(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    assert quant.quantize(folder, scheme="fp8").plan.layers
+    edit(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    with pytest.raises(DataError, match=r"model\.safetensors does not have the checksum"):
+        quant.quantize(folder, scheme="fp8")
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(DataError, match=r"generation_config\.json is missing \(SHA256SUMS lists it\)"):
+        quant.quantize(folder, scheme="fp8")
