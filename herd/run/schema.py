@@ -204,6 +204,10 @@ class Tracking(Section):
     """MLflow server or store; MLFLOW_TRACKING_URI wins, the default is the embedded store in mlruns/."""
     register_models: bool = True
     """Register every model this run makes, with an alias."""
+    parent: str | None = None
+    """MLflow run this one is shown below: a study's, for one of its trials."""
+    tags: dict[str, str] = {}
+    """Further tags of the MLflow run."""
 
 
 class DeepSpeed(Section):
