@@ -4,7 +4,7 @@ ledger = Ledger(optuna_study, trials=20)
 ledger.recover()                      # trials whose worker is gone wait again, with the same settings and run folder
 if ledger.room(): trial = optuna_study.ask(); ledger.claim(trial)
 
-A trial that was running when its worker died ends as failed with the mark `lost`, and a new one with `retry_of` takes its
+A trial that was running when its worker died ends as failed with the mark `lost`; a new one with `retry_of` takes its
 place. Two workers that find it at once may make two; the younger of them, and trials beyond the budget, are void.
 """
 
@@ -80,7 +80,7 @@ class Ledger:
         number, tries = frozen.number, frozen.user_attrs.get("tries", 1)
         again = tries < MOST_TRIES or "paused" in frozen.user_attrs
         retried = any(trial.user_attrs.get("retry_of") == number for trial in self.study.get_trials(deepcopy=False))
-        # First the new one, then the end of the old: dying in between loses nothing, and the next one to look sees both.
+        # First the new one, then the end of the old: dying in between loses nothing: the next to look sees both.
         if again and not retried:
             kept = {key: frozen.user_attrs[key] for key in ("defaults", "run") if key in frozen.user_attrs}
             kept |= {"retry_of": number, "tries": tries if "paused" in frozen.user_attrs else tries + 1}

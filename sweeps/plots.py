@@ -1,4 +1,4 @@
-"""Pictures of a study: the search over time, curves within trials, each setting against the value, what mattered, trade-offs.
+"""Pictures of a study: the search, curves within trials, each setting against the value, what mattered, trade-offs.
 
 for name, (heading, caption, figure) in draw(study, optuna_study, result, WIDE).items(): ...
 """
@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
@@ -53,6 +54,7 @@ def history(study: Study, complete: list[FrozenTrial], size: Size) -> Drawn | No
     def fill(axes: Axes) -> None:
         axes.plot(numbers, values, "o", color=OTHER, markersize=4)
         axes.step(numbers, best, where="post", color=BEST, linewidth=2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=study.objectives[0].metric, xlabel="trial")
 
     return "The search", "Points: complete trials. Line: the best so far.", _single(fill, size)
@@ -138,15 +140,22 @@ def slices(study: Study, complete: list[FrozenTrial], result: Result, size: Size
     return "Settings", f"Every complete trial's {study.objectives[0].metric}. Blue: the best.", figure
 
 
-def _slice(axes: Axes, path: str, part: Any, complete: list[FrozenTrial], values: list[float], colours: list[str]) -> None:
+def _slice(
+    axes: Axes, path: str, part: Any, complete: list[FrozenTrial], values: list[float], colours: list[str]
+) -> None:
     found = complete[0].distributions[path]
     if isinstance(found, CategoricalDistribution):
         places = [found.choices.index(trial.params[path]) for trial in complete]
-        axes.set_xticks(range(len(found.choices)), [_short(choice) for choice in found.choices], rotation=20, ha="right")
+        axes.set_xticks(
+            range(len(found.choices)), [_short(choice) for choice in found.choices], rotation=20, ha="right"
+        )
     else:
         places = [trial.params[path] for trial in complete]
         if isinstance(part, Range) and part.log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     axes.scatter(places, values, c=colours, s=16)
     axes.set_title(path, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -170,8 +179,12 @@ def _robust_limits(axes: Axes, values: list[float]) -> None:
     outside = int((finite > top).sum())
     if outside and top > low:
         axes.set_ylim(low - 0.05 * (top - low), top)
-        axes.text(0.99, 0.97, f"{outside} above", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8)
+        axes.text(
+            0.99, 0.97, f"{outside} above", transform=axes.transAxes, ha="right", va="top", color=MUTED, fontsize=8
+        )
 
 
 def _short(choice: str) -> str:
-    return choice if len(choice) < 22 else choice[:20] + "…"
+    """A choice as the axis shows it: {kind: constant, alpha: 0.5} -> constant, 0.5."""
+    bare = ", ".join(part.partition(": ")[2] or part for part in choice.strip("{}").split(", "))
+    return bare if len(bare) < 24 else bare[:22] + "…"

@@ -4,15 +4,9 @@ result = run(study, workers=2)
 """
 
 import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-
-import optuna
 
 from herd.run.errors import EnvironmentFault, Interrupted
 from herd.run.schema import Config
@@ -20,6 +14,7 @@ from sweeps import repeats, report, results, spaces, storages, tracking, worker
 from sweeps.ledger import Ledger
 from sweeps.results import Result
 from sweeps.settings import Study
+from sweeps.stopping import Stop, stop_signals
 from sweeps.trial import STOP_S, Slot, slots
 
 GLANCE_S = 0.2
@@ -63,7 +58,7 @@ class Crew:
         self.context = multiprocessing.get_context("spawn")
         self.at_work: dict[int, tuple[BaseProcess, Connection]] = {}
 
-    def work(self, stop: "Stop") -> None:
+    def work(self, stop: Stop) -> None:
         """Return when no trial is left to run here. Raises what a worker raised, or Interrupted."""
         try:
             waiting = list(self.slots)
@@ -116,7 +111,7 @@ class Crew:
         self.at_work.clear()
 
 
-def _received(answers: Connection) -> tuple[str, int] | None | str:
+def _received(answers: Connection) -> tuple[str, int] | str | None:
     """What a worker sent before it ended; "nothing" when it was killed."""
     try:
         return answers.recv() if answers.poll() else "nothing"
@@ -124,32 +119,6 @@ def _received(answers: Connection) -> tuple[str, int] | None | str:
         return "nothing"
     finally:
         answers.close()
-
-
-class Stop:
-    """Whether somebody asked for an end, by SIGINT or SIGTERM."""
-
-    asked = False
-
-    def ask(self, *_: object) -> None:
-        """The signals' handler."""
-        self.asked = True
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set the flag that is given; the old handlers return afterwards."""
-    stop = Stop()
-    try:
-        old = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread of a user's script: signals are theirs
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def accelerators() -> int:

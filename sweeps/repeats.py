@@ -5,7 +5,7 @@ run(study, optuna_study, slots, stop)           # kept in the study's storage; r
 
 import time
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from scipy.stats import t as student_t
@@ -14,18 +14,16 @@ from herd.run import config_text
 from herd.run.errors import Interrupted
 from sweeps import metrics, results
 from sweeps.settings import Study
+from sweeps.stopping import Stop
 from sweeps.trial import Slot, TrialRun
 from sweeps.worker import Failed, clear_checkpoints
-
-if TYPE_CHECKING:
-    from sweeps.pool import Stop
 
 FIRST_SEED = 1000  # beyond any seed the trials used
 CONFIDENCE = 0.95
 GLANCE_S = 0.25
 
 
-def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: "Stop") -> None:
+def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop) -> None:
     """Run what is missing and store the paired values of the first objective, with the interval of their difference.
 
     Raises Failed when a run fails, Interrupted when asked to stop; both leave nothing running.
@@ -64,7 +62,9 @@ def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: "Stop
             one.stop()
     metric = study.objectives[0].metric
     values = {arm: [metrics.final(study.home / names[arm, seed], metric) for seed in seeds] for arm in arms}
-    optuna_study.set_user_attr(results.REPEATS, {"trial": best.number, "seeds": seeds, "metric": metric, **paired(values)})
+    optuna_study.set_user_attr(
+        results.REPEATS, {"trial": best.number, "seeds": seeds, "metric": metric, **paired(values)}
+    )
 
 
 def paired(values: dict[str, list[float]]) -> dict[str, Any]:

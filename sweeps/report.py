@@ -75,7 +75,9 @@ def _commands(study: Study, best: Trial | None) -> list[str]:
     if best is None:
         return []
     words = ["python", "-m", "distill", "--config", str(study.base)]
-    words += [word for setting in [*study.set, *best.overrides, f"run.name={study.name}-best"] for word in ("--set", setting)]
+    words += [
+        word for setting in [*study.set, *best.overrides, f"run.name={study.name}-best"] for word in ("--set", setting)
+    ]
     return [shlex.join(words)]
 
 

@@ -61,7 +61,9 @@ class Result:
             mark = " (defaults)" if trial.defaults else ""
             numbers = "  ".join(f"{value:.5g}" for value in trial.values)
             lines.append(f"{trial.number:>6}  {numbers}  {'  '.join(trial.overrides)}{mark}")
-        counts = {state: sum(trial.state == state for trial in self.trials) for state in ("complete", "pruned", "failed")}
+        counts = {
+            state: sum(trial.state == state for trial in self.trials) for state in ("complete", "pruned", "failed")
+        }
         lines.append(f"{len(self.trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
         return "\n".join(lines)
 

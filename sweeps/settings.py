@@ -71,7 +71,7 @@ class Sampler(Section):
 
 class Pruner(Section):
     kind: Literal["none", "hyperband", "median", "wilcoxon"] = "none"
-    """hyperband, median: on the objective's held-out checks within a run. wilcoxon: on seeds, against the best trial."""
+    """hyperband, median: on held-out checks within a run. wilcoxon: on seeds, against the best trial."""
     startup: int = Field(3, ge=1)
     """median: trials that are never pruned. wilcoxon: seeds that are always run."""
 

@@ -84,17 +84,17 @@ def open_storage(url: str) -> BaseStorage:
 
 def patiently(call: Callable[[], Answer], url: str) -> Answer:
     """The answer of a call to the storage, tried for about a minute; then EnvironmentFault."""
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-
     for wait in (*PATIENCE_S, None):
         try:
             return call()
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ImportError) as error:
+        except ImportError as error:
             raise EnvironmentFault(f"storage = {_shown(url)}: {_line(error)}; install its driver") from error
-        except (StorageInternalError, SQLAlchemyError, ConnectionError, OSError, *_grpc_errors()) as error:
+        except Exception as error:
+            if not _outage(error):
+                raise
             if wait is None:
                 raise EnvironmentFault(
-                    f"storage = {_shown(url)} does not answer ({_line(error)}); start it and give the same command again"
+                    f"storage = {_shown(url)} does not answer ({_line(error)}); start it, give the same command again"
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -169,7 +169,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = (_pretty(tree.get(key)) for tree in (old, new))
-        changed = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
+        changed = [
+            line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
+        ]
         lines += [f"{key}: {line}" for line in changed]
     return lines
 
@@ -182,12 +184,10 @@ def _make_parent(file: str) -> None:
     Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
-def _grpc_errors() -> tuple[type[Exception], ...]:
-    try:
-        import grpc
-    except ImportError:
-        return ()
-    return (grpc.RpcError,)
+def _outage(error: Exception) -> bool:
+    """Whether the storage, and not what was asked of it, is the trouble. Drivers are optional, so known by name."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, StorageInternalError | OSError) or package in ("sqlalchemy", "grpc")
 
 
 def _shown(url: str) -> str:

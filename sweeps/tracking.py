@@ -43,7 +43,10 @@ def of_study(study: Study, base: Config, optuna_study: optuna.Study) -> Iterator
 
 def finish_study(tracker: Tracker, study: Study, result: Result, page: Path) -> None:
     """Numbers, plots and the report of a study that is over, and its best students with the alias `<study>-best`."""
-    counts = {f"study/{state}": sum(trial.state == state for trial in result.trials) for state in ("complete", "pruned", "failed")}
+    counts = {
+        f"study/{state}": sum(trial.state == state for trial in result.trials)
+        for state in ("complete", "pruned", "failed")
+    }
     tracker.metrics(counts | {"study/seconds": sum(trial.seconds for trial in result.trials)}, 0)
     for path in (page, *sorted((study.home / "plots").glob("*.png"))):
         tracker.artifact(path, folder="report")
@@ -54,7 +57,9 @@ def finish_study(tracker: Tracker, study: Study, result: Result, page: Path) -> 
     tracker.tags({"sweep.best_trial": str(best.number), "sweep.best_run": best.mlflow_run_id or ""})
     metrics = dict(zip(result.objectives, best.values, strict=True))
     for student in sorted((best.folder / "students").glob("*")):
-        tracker.model(f"{study.name}-{student.name}", student, role="student", alias=f"{study.name}-best", metrics=metrics)
+        tracker.model(
+            f"{study.name}-{student.name}", student, role="student", alias=f"{study.name}-best", metrics=metrics
+        )
 
 
 def _place(study: Study) -> str:

@@ -57,7 +57,9 @@ class TrialRun:
     process: subprocess.Popen
 
     @classmethod
-    def start(cls, study: Study, *, name: str, overrides: list[str], seed: int, slot: Slot, tags: list[str]) -> "TrialRun":
+    def start(
+        cls, study: Study, *, name: str, overrides: list[str], seed: int, slot: Slot, tags: list[str]
+    ) -> "TrialRun":
         """Start or go on with the run of that name in the study's folder."""
         study.home.mkdir(parents=True, exist_ok=True)
         settings = [

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import optuna
@@ -25,6 +26,7 @@ from herd.run.schema import Config
 from sweeps import metrics, spaces, storages
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
+from sweeps.storages import Answer
 from sweeps.trial import Slot, TrialRun
 
 GLANCE_S = 0.25
@@ -72,11 +74,13 @@ class Worker:
         return Ledger(self.optuna_study, self.study.budget.trials)
 
     def work(self) -> None:
-        """Run trials until there is none to start. Raises Interrupted when told to stop, TrialsFail to stop them all."""
+        """Run trials until there is none to start. Raises Interrupted when told to stop, TrialsFail to stop all."""
         while True:
             self.check_stop()
             self.on_storage(self.ledger.recover)
-            if (self.deadline is not None and time.monotonic() > self.deadline) or not self.on_storage(self.ledger.room):
+            if (self.deadline is not None and time.monotonic() > self.deadline) or not self.on_storage(
+                self.ledger.room
+            ):
                 return
             trial = self.on_storage(self.ask)
             if self.on_storage(lambda trial=trial: self.ledger.claim(trial)):
@@ -221,7 +225,7 @@ class Worker:
         if run_id:
             self.on_storage(lambda: trial.set_user_attr("mlflow_run_id", run_id))
 
-    def on_storage(self, call: Callable):
+    def on_storage(self, call: Callable[[], Answer]) -> Answer:
         """An answer of the storage, which may be busy for a while."""
         return storages.patiently(call, self.study.storage_url)
 
@@ -243,7 +247,7 @@ def clear_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers) -> None:
+def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers: Connection) -> None:
     """Body of a worker process: its error, if any, goes back through the connection `answers`."""
     worker = None
     try:

@@ -1,7 +1,8 @@
 """A stand-in for a training run: the same flags, the same files, a known optimum, and no training.
 
-Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step; STUB_FAIL=CODE
-ends with that code; every start is a line in `starts` beside the run folders. Goes on from what metrics.jsonl holds.
+Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step;
+STUB_FAIL=CODE ends with that code; every start is a line in `starts` beside the run folders. Goes on from what
+metrics.jsonl holds.
 """
 
 import json

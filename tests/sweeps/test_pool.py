@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import optuna
 import psutil
@@ -94,7 +95,7 @@ def test_another_space_under_the_same_name_is_refused_with_the_difference(tmp_pa
     study = studies.make(tmp_path, budget={"trials": 1})
     sweeps.run(study)
     other = studies.make(tmp_path, budget={"trials": 1}, space={"optim.lr": Range(low=1e-4, high=1e-2, log=True)})
-    with pytest.raises(ConfigError, match="space: \\+.*0.01"):
+    with pytest.raises(ConfigError, match=r"space: \+.*0.01"):
         sweeps.run(other)
 
 
@@ -107,7 +108,9 @@ def test_a_larger_budget_goes_on_where_the_study_was(tmp_path):
 def test_a_grid_runs_every_point_once(tmp_path):
     space = {"optim.lr": Range(low=0.001, high=0.004, step=0.001)}
     study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 4})
-    assert sorted(t.overrides for t in sweeps.run(study).trials) == [(f"optim.lr={v}",) for v in (0.001, 0.002, 0.003, 0.004)]
+    assert sorted(t.overrides for t in sweeps.run(study).trials) == [
+        (f"optim.lr={v}",) for v in (0.001, 0.002, 0.003, 0.004)
+    ]
 
 
 def test_wilcoxon_stops_a_trial_that_loses_seed_after_seed(tmp_path):
@@ -119,7 +122,7 @@ def test_wilcoxon_stops_a_trial_that_loses_seed_after_seed(tmp_path):
 
 
 def test_repeats_are_paired_with_fresh_seeds(tmp_path):
-    study = studies.make(tmp_path, repeats={"seeds": 3}, sampler={"kind": "random", "seed": 1})
+    study = studies.make(tmp_path, repeats={"seeds": 3}, sampler={"kind": "random", "seed": 3})
     result = sweeps.run(study)
     if result.best.defaults:
         pytest.fail("the sampler's seed no longer finds a better trial than the defaults; choose another")
@@ -141,7 +144,9 @@ def test_killed_workers_and_commands_lose_no_trial_and_count_none_twice(tmp_path
     for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=studies.ROOT)
         time.sleep(3 + 2 * choose.random())
-        family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children())] if process.poll() is None else []
+        family = (
+            [process.pid, *(c.pid for c in psutil.Process(process.pid).children())] if process.poll() is None else []
+        )
         for pid in choose.sample(family, min(2, len(family))):
             with_kill(pid)
         if process.poll() is None:
@@ -154,8 +159,12 @@ def test_killed_workers_and_commands_lose_no_trial_and_count_none_twice(tmp_path
     folders = Counter(trial.user_attrs["folder"] for trial in ended)
     assert set(folders.values()) == {1}
     for trial in ended:  # no step of a run was made twice, by two processes at once
-        steps = [json.loads(line)["step"] for line in open(f"{trial.user_attrs['folder']}/metrics.jsonl")]
+        steps = [json.loads(line)["step"] for line in lines_of(trial.user_attrs["folder"])]
         assert steps == list(range(1, 9))
+
+
+def lines_of(folder: str) -> list[str]:
+    return (Path(folder) / "metrics.jsonl").read_text().splitlines()
 
 
 def with_kill(pid: int) -> None:
@@ -171,7 +180,9 @@ def test_an_interrupted_study_goes_on_with_the_trial_it_was_at(tmp_path, monkeyp
     path = tmp_path / "study.json"
     path.write_text(study.model_dump_json())
     code = "import sys, sweeps; sweeps.run(sweeps.Study.model_validate_json(open(sys.argv[1]).read()))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=studies.ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=studies.ROOT, stderr=subprocess.PIPE, text=True
+    )
     first = study.home / "trial-0000" / "metrics.jsonl"
     while not first.exists() or not first.read_text():
         time.sleep(0.1)

@@ -64,7 +64,8 @@ def test_flags_override_the_file(tmp_path):
 
 
 def test_the_defaults_are_found_in_the_space_by_what_a_choice_says(tmp_path):
-    text = "space: {loss.weighting: {choices: [{kind: constant, alpha: 0.5}, {kind: lead}]}, batch.rows: {low: 2, high: 8}}"
+    weights = "{choices: [{kind: constant, alpha: 0.5}, {kind: lead}]}"
+    text = f"space: {{loss.weighting: {weights}, batch.rows: {{low: 2, high: 8}}}}"
     study = settings.load(write(tmp_path, text))
     assert spaces.defaults(spaces.check(study), study.space) == {"loss.weighting": "{kind: lead}", "batch.rows": 4}
 
@@ -75,6 +76,7 @@ def test_defaults_outside_the_space_are_no_trial(tmp_path):
 
 
 def test_a_grid_has_every_point_once(tmp_path):
-    text = "space: {batch.rows: {low: 2, high: 6, step: 2}, optim.clip: {low: 0.5, high: 1.0, step: 0.25}}\nsampler: {kind: grid}"
+    ranges = "{batch.rows: {low: 2, high: 6, step: 2}, optim.clip: {low: 0.5, high: 1.0, step: 0.25}}"
+    text = f"space: {ranges}\nsampler: {{kind: grid}}"
     study = settings.load(write(tmp_path, text))
     assert spaces.grid(study.space) == {"batch.rows": [2, 4, 6], "optim.clip": [0.5, 0.75, 1.0]}
