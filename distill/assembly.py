@@ -17,6 +17,7 @@ from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
 from distill.objectives.on_policy import OnPolicyHerd
 from distill.target_cache import open_cached, open_writing
+from distill.transferred import carry_over
 from herd.data.batches import Batch, RowSource
 from herd.data.corpora import Corpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
@@ -67,6 +68,8 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     teacher_model = _open(config, "teacher", config.teacher, tokenizer) if runs_a_teacher(config) else None
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
+    learners = {**student_models} | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
+    transferred = {name: carry_over(config, name, model) for name, model in learners.items()}
     features = {
         name: build_features(
             config.loss.features, model, teacher_model, name=name, seed=_seed(config, f"{name}.features")
@@ -74,29 +77,30 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         for name, model in student_models.items()
     }
 
-    def member(name: str, model: PreTrainedModel, lr: float | None) -> Member:
+    def member(name: str, model: PreTrainedModel, settings: Model | Teacher) -> Member:
         return build_member(
             name,
             model,
             config,
-            lr=lr or config.optim.lr,
+            lr=settings.lr or config.optim.lr,
             micro_rows=micro_rows,
             accumulation=accumulation,
             run_folder=run_folder,
             features=features.get(name),
+            transfer=transferred[name],
         )
 
     vocabulary = None if teacher_model is None else teacher_model.config.get_text_config().vocab_size
     teacher: Member | FrozenTeacher | CachedTeacher | None = None
     if config.teacher.mode == "codistill":
-        teacher = member("teacher", teacher_model, config.teacher.lr)
+        teacher = member("teacher", teacher_model, config.teacher)
     elif config.teacher.mode == "frozen":
         teacher = _frozen(config, teacher_model, tokenizer)
     elif config.teacher.mode == "cached":
         teacher = open_cached(config, tokenizer, corpus, teacher_model)
     pupils = {
         name: Pupil(
-            member(name, model, config.students[name].lr),
+            member(name, model, config.students[name]),
             weighting.build(config.loss.weighting, steps=config.run.steps),
         )
         for name, model in student_models.items()

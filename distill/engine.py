@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from distill.features import FeatureLosses
 from distill.learner import Learner, parameter_groups
 from distill.shells import filled, shell_of
+from distill.transferred import Transferred
 from herd.llama4 import expert_parallel
 from herd.llama4.balance import RouterTap
 from herd.llama4.model import restore_rope
@@ -82,7 +83,7 @@ class Member:
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
 
     def gathered_head(self) -> deepspeed.zero.GatheredParameters:
         """Context in which the head's matrix is whole on every rank (ZeRO-3 keeps it in parts)."""
@@ -126,10 +127,11 @@ def build_member(
     accumulation: int,
     run_folder: Path,
     features: FeatureLosses | None = None,
+    transfer: Transferred | None = None,
 ) -> Member:
     """Wrap `model` in an engine as the config says; the generated ds_config is saved beside the run.
 
-    `features` train with it, in the same engine.
+    `features` train with it, in the same engine. `transfer`: what settings of a smaller model become in this one.
     """
     settings = deepspeed_config.build(
         config,
@@ -139,6 +141,7 @@ def build_member(
         accumulation=accumulation,
         world_size=ranks.world_size(),
         expert_parallel=config.parallel.expert_parallel,
+        betas=transfer.betas if transfer else config.optim.betas,
     )
     if ranks.is_main():
         files.write_atomic(run_folder / f"ds_config.{name}.json", json.dumps(settings, indent=2) + "\n")
@@ -148,7 +151,12 @@ def build_member(
     learner = Learner(model, features)
     engine, *_ = deepspeed.initialize(
         model=learner,
-        model_parameters=parameter_groups(learner, weight_decay=config.optim.weight_decay),
+        model_parameters=parameter_groups(
+            learner,
+            weight_decay=config.optim.weight_decay,
+            eps=config.optim.eps,
+            rules=transfer.rules if transfer else None,
+        ),
         config=settings,
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)

@@ -7,7 +7,7 @@ The loss is computed inside the head's forward, so ZeRO-3 gathers the head exact
 Shapes: B rows, T tokens, H width, V vocabulary, N feature losses; flattened tokens are B*T.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -15,9 +15,11 @@ from torch import nn
 
 from distill.features import FeatureLosses, Lesson
 from distill.losses import Distillation
+from herd.llama4.transfer import Rule
 from teachers.recorder import Recorder
 from teachers.targets import SoftTargets, decoder_of, has_plain_head, make_targets
 
+PLAIN = Rule()
 FusedLoss = Callable[[torch.Tensor, torch.Tensor], Distillation]
 
 
@@ -82,17 +84,31 @@ class Learner(nn.Module):
         return make_targets(outputs, self.head.weight if self.plain_head else None)
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Two AdamW groups: matrices decay; embeddings, norms and biases do not."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, free = [], []
-    for parameter in model.parameters():
+def parameter_groups(
+    learner: nn.Module, *, weight_decay: float, eps: float, rules: Mapping[str, Rule] | None = None
+) -> list[dict]:
+    """AdamW's groups: matrices decay; embeddings, norms and biases do not. With `rules`, one for each set of factors.
+
+    rules: by the parameter's name in the model; `lr_factor` of a group says how much of the run's rate it takes.
+    """
+    embeddings = {id(module.weight) for module in learner.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[Rule, bool], dict] = {}
+    for name, parameter in learner.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
-        (decayed if is_matrix else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": free, "weight_decay": 0.0, "name": "free"},
-    ]
-    return [group for group in groups if group["params"]]
+        # What a learner has besides its model, projections of feature losses, is as small as it was.
+        rule = (rules or {}).get(name.removeprefix("model."), PLAIN)
+        group = groups.setdefault(
+            (rule, is_matrix),
+            {
+                "params": [],
+                "weight_decay": weight_decay * rule.weight_decay if is_matrix else 0.0,
+                "eps": eps * rule.eps,
+                "lr_factor": rule.lr,
+                "name": f"{'decayed' if is_matrix else 'free'}-{len(groups)}",
+            },
+        )
+        group["params"].append(parameter)
+    # Decayed ones first, as checkpoints of runs without rules have them.
+    return sorted(groups.values(), key=lambda group: group["weight_decay"] == 0.0)

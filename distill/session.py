@@ -41,7 +41,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
             run_name=config.run.name,
             uri=config.tracking.uri,
             config=config.model_dump(mode="json"),
-            tags={"world_size": str(ranks.world_size()), "command": command},
+            tags=run_tags(config, command),
             enabled=config.tracking.enabled and ranks.is_main(),
         )
         try:
@@ -57,6 +57,12 @@ def run(config: Config, *, resume: str, command: str) -> None:
             tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
+
+
+def run_tags(config: Config, command: str) -> dict[str, str]:
+    """Tags of the MLflow run; the parent's is the one by which MLflow's interface nests runs."""
+    parent = {"mlflow.parentRunId": config.tracking.parent} if config.tracking.parent else {}
+    return {"world_size": str(ranks.world_size()), "command": command} | parent | config.tracking.tags
 
 
 @contextmanager

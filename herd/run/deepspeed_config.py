@@ -70,6 +70,7 @@ def build(
     accumulation: int,
     world_size: int,
     expert_parallel: int,
+    betas: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Settings for `deepspeed.initialize` of the model called `model_name`; `lr` is where its optimiser starts.
 
@@ -92,7 +93,7 @@ def build(
             "type": "AdamW",
             "params": {
                 "lr": lr,
-                "betas": list(optim.betas),
+                "betas": list(betas or optim.betas),
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,
                 "torch_adam": True,  # DeepSpeed's own Adam would be compiled first

@@ -88,6 +88,21 @@ class Optim(Section):
     """Share of the peak that is left at the end."""
 
 
+class Transfer(Section):
+    """Where this model's settings were found: on a smaller form of it, from which they are carried over."""
+
+    overrides: dict[str, Any] = {}
+    """Fields in which the small model differs from this one: hidden_size, num_hidden_layers, ..."""
+    batch_tokens: int | None = Field(None, gt=0)
+    """Tokens of its step; by default as many as here."""
+    tokens: int | None = Field(None, gt=0)
+    """Tokens of its whole run; by default as many as here."""
+    depth_exponent: float = Field(1.0, ge=0.5, le=1.0)
+    """Residual branches count depth^-this: 1 in CompleteP, 0.5 in depth-muP."""
+    horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
+    """The rate falls as tokens^-this: 0.5 in Complete(d)P; `python -m sweeps transfer` fits it."""
+
+
 class Model(Section):
     source: str
     """A spec (`scout-nano`), a model folder, or a hub id."""
@@ -95,6 +110,8 @@ class Model(Section):
     """Fields of the model's configuration to change, for a model built from a spec."""
     lr: float | None = Field(None, gt=0.0)
     """Peak learning rate of this model, in place of `optim.lr`."""
+    transfer: Transfer | None = None
+    """Rate, decay, epsilon and initial spread per tensor, from those of a smaller model (fresh models of a spec)."""
 
 
 class TargetCache(Section):
@@ -116,6 +133,8 @@ class Teacher(Section):
     overrides: dict[str, Any] = {}
     """As a student's."""
     lr: float | None = Field(None, gt=0.0)
+    """As a student's."""
+    transfer: Transfer | None = None
     """As a student's."""
     head_start: int = Field(0, ge=0)
     """Steps the teacher trains alone before the students start (`codistill` only)."""
@@ -209,6 +228,10 @@ class Tracking(Section):
     """MLflow server or store; MLFLOW_TRACKING_URI wins, the default is the embedded store in mlruns/."""
     register_models: bool = True
     """Register every model this run makes, with an alias."""
+    parent: str | None = None
+    """MLflow run this one is shown below: a study's, for one of its trials."""
+    tags: dict[str, str] = {}
+    """Further tags of the MLflow run."""
 
 
 class DeepSpeed(Section):

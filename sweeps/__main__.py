@@ -1,0 +1,72 @@
+"""Run a study: `python -m sweeps --study configs/sweeps/rates.yaml --trials 20 --workers 2`.
+
+The same command again goes on with it, and so does the same command on another machine when the storage is shared.
+"""
+
+import sys
+from pathlib import Path
+
+from herd.run import cli
+from herd.run.errors import ConfigError
+from sweeps import settings
+
+DESCRIPTION = """Search over a configuration: every trial is a real training run in its own process and folder.
+The same command again goes on with a study; on another machine, with a shared storage, it joins in."""
+EXAMPLES = (
+    "python -m sweeps --study configs/sweeps/rates.yaml --workers 2",
+    "python -m sweeps --study configs/sweeps/weighting.yaml --trials 40 --set sampler.kind=gp --dry-run",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = cli.parser("sweeps", description=DESCRIPTION, examples=EXAMPLES, config=False)
+    add = parser.add_argument
+    add("--study", required=True, type=Path, metavar="FILE", help="YAML of the study")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the study; repeatable")
+    add("--trials", type=int, metavar="N", help="budget.trials")
+    add("--workers", type=int, metavar="N", help="launch.workers: trials at one time on this machine")
+    add("--dry-run", action="store_true", help="check the study and its space, print what it would run, stop")
+    arguments = parser.parse_args(argv)
+
+    def body() -> None:
+        for flag, value in (("--trials", arguments.trials), ("--workers", arguments.workers)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} {value}: must be 1 or more")
+        given = {"budget.trials": arguments.trials, "launch.workers": arguments.workers}
+        flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+        study = settings.load(arguments.study, [*arguments.set, *flags])
+        if arguments.dry_run:
+            print(describe(study))
+            return
+        from sweeps import pool
+
+        result = pool.run(study, command=cli.command_line("sweeps", argv))
+        print(f"\n{result.table()}\n\nreport: {study.home / 'report.html'}")
+
+    return cli.main_guard(body)
+
+
+def describe(study: settings.Study) -> str:
+    """The study in words, after its space has been checked against the configuration."""
+    from sweeps import spaces
+
+    base = spaces.check(study)
+    first = spaces.defaults(base, study.space) if study.enqueue_defaults else None
+    lines = [f"study     {study.name}, {study.base}, {len(study.set)} overrides", f"folder    {study.home}"]
+    lines += [f"storage   {study.storage_url}", "space"]
+    for path, part in study.space.items():
+        shown = part.model_dump(exclude_defaults=True)
+        lines.append(f"  {path}: {shown.get('choices', shown)}")
+    lines += [f"objective {part.direction} {part.metric}" for part in study.objectives]
+    lines.append(f"trial 0   {'the base as it is' if first else 'sampled: a value of the base lies outside the space'}")
+    runs = study.budget.trials * study.seeds + 2 * study.repeats.seeds
+    lines.append(
+        f"runs      {runs} at most, {study.launch.workers} at a time, {study.launch.ranks} ranks each; "
+        f"sampler {study.sampler.kind}, pruner {study.pruner.kind}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What a trial's run has reached: its metrics stream while it runs, its evaluation when it is done.
+
+stream = MetricsStream(run_folder / "metrics.jsonl")
+for step, value in stream.new("heldout/scout"): ...
+final(run_folder, "evals/scout-int4/bytes_on_disk")
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from herd.run.errors import ConfigError
+
+
+class MetricsStream:
+    """Reads the whole lines that were added since the last call; a run that goes on may write a step again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def new(self, metric: str) -> Iterator[tuple[int, float]]:
+        """(step, value) of every new line that has the metric."""
+        if not self._path.exists():
+            return
+        size = self._path.stat().st_size
+        if size < self._offset:  # a resumed run cuts off what its checkpoint does not know
+            self._offset = 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = json.loads(line)
+                if metric in record:
+                    yield int(record["step"]), float(record[metric])
+
+
+def final(folder: Path, metric: str) -> float:
+    """The last value of a metric in a finished run. ConfigError naming what the run did report when it has none."""
+    if metric.startswith("evals/"):
+        known = _evaluated(folder)
+    else:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        known = {key: value for line in lines for key, value in json.loads(line).items()}
+    value = known.get(metric)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    numbers = [key for key, value in known.items() if isinstance(value, int | float) and key != "step"]
+    near = difflib.get_close_matches(metric, numbers, n=3, cutoff=0.3) or numbers[:3]
+    mend = f"it has {', '.join(near)}" if near else "it reported none; set run.evaluate_every"
+    raise ConfigError(f"objectives: {folder} never reported {metric}; {mend}")
+
+
+def _evaluated(folder: Path) -> dict[str, Any]:
+    path = folder / "evals.json"
+    entries = json.loads(path.read_text())["entries"] if path.exists() else []
+    return {f"evals/{entry['name']}/{key}": value for entry in entries for key, value in entry.items()}
+
+
+def mlflow_run(folder: Path) -> str | None:
+    """The MLflow id of a run folder's main run, where it has reached a store."""
+    path = folder / "mlflow.json"
+    return json.loads(path.read_text()).get("runs", {}).get("main") if path.exists() else None

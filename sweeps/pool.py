@@ -1,0 +1,128 @@
+"""Runs a study on this machine: workers, their deaths, the repeats at the end, MLflow and the report.
+
+result = run(study, workers=2)
+"""
+
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from herd.run.errors import EnvironmentFault, Interrupted
+from herd.run.schema import Config
+from sweeps import repeats, report, results, spaces, storages, tracking, worker
+from sweeps.ledger import Ledger
+from sweeps.results import Result
+from sweeps.settings import Study
+from sweeps.stopping import Stop, stop_signals
+from sweeps.trial import STOP_S, Slot, slots
+
+GLANCE_S = 0.2
+MOST_DEATHS = 10  # of workers; what kills more of them will kill the next ones too
+
+
+def run(study: Study, *, workers: int | None = None, command: str | None = None) -> Result:
+    """Run trials until the budget is used, then the repeats, then write the report; goes on with a study begun before.
+
+    command: what a person types to go on, for the message of an interruption. Raises ConfigError, EnvironmentFault,
+    TrialsFail (the base itself cannot be run), or Interrupted; every trial that was cut off goes on next time.
+    """
+    if workers is not None:
+        study = study.model_copy(update={"launch": study.launch.model_copy(update={"workers": workers})})
+    base = spaces.check(study)
+    optuna_study = storages.open_study(study, base)
+    optuna_study.set_user_attr(worker.STOPPED, None)
+    with tracking.of_study(study, base, optuna_study) as tracker, stop_signals() as stop:
+        deadline = None if study.budget.hours is None else time.monotonic() + 3600 * study.budget.hours
+        crew = Crew(study, base, Ledger(optuna_study, study.budget.trials), deadline)
+        try:
+            crew.work(stop)
+            if study.repeats.seeds:
+                repeats.run(study, optuna_study, crew.slots, stop)
+        except Interrupted:
+            again = command or "sweeps.run(study)"
+            raise Interrupted(f"{study.name} is stopped; nothing is lost, it goes on with: {again}") from None
+        found = results.read(study, optuna_study)
+        page = report.write(study, optuna_study, found)
+        tracking.finish_study(tracker, study, found, page)
+    return found
+
+
+class Crew:
+    """The workers of one machine, one a slot, replaced when they die."""
+
+    def __init__(self, study: Study, base: Config, ledger: Ledger, deadline: float | None) -> None:
+        self.study, self.base, self.ledger, self.deadline = study, base, ledger, deadline
+        self.slots = slots(study, accelerators())
+        self.deaths = 0
+        self.context = multiprocessing.get_context("spawn")
+        self.at_work: dict[int, tuple[BaseProcess, Connection]] = {}
+
+    def work(self, stop: Stop) -> None:
+        """Return when no trial is left to run here. Raises what a worker raised, or Interrupted."""
+        try:
+            waiting = list(self.slots)
+            while waiting or self.at_work:
+                for slot in waiting:
+                    self.at_work[slot.number] = self.start(slot)
+                waiting = self.look()
+                if stop.asked:
+                    raise Interrupted("")
+                if not waiting:
+                    time.sleep(GLANCE_S)
+        finally:
+            self.send_home()
+
+    def start(self, slot: Slot) -> tuple[BaseProcess, Connection]:
+        """A worker process for a slot."""
+        answers, theirs = self.context.Pipe(duplex=False)
+        arguments = (self.study, self.base, slot, self.deadline, theirs)
+        process = self.context.Process(target=worker.work, args=arguments, name=f"worker-{slot.number}")
+        process.start()
+        theirs.close()
+        return process, answers
+
+    def look(self) -> list[Slot]:
+        """Take in what workers answered; the slots whose worker died and whose place is to be filled."""
+        died = []
+        for number, (process, answers) in list(self.at_work.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            del self.at_work[number]
+            answer = _received(answers)
+            if answer == "nothing":
+                self.deaths += 1
+                if self.deaths > MOST_DEATHS:
+                    raise EnvironmentFault(f"{self.deaths} workers died ({process.exitcode}); see the kernel's log")
+                died.append(self.slots[number])
+            elif answer is not None:
+                worker.raise_answer(answer)
+        return died
+
+    def send_home(self) -> None:
+        """Stop the workers that are left and wait for them: each gives its trial back and ends its run."""
+        for process, _ in self.at_work.values():
+            process.terminate()
+        for process, _ in self.at_work.values():
+            process.join(STOP_S + 5)
+            if process.is_alive():
+                process.kill()
+        self.at_work.clear()
+
+
+def _received(answers: Connection) -> tuple[str, int] | str | None:
+    """What a worker sent before it ended; "nothing" when it was killed."""
+    try:
+        return answers.recv() if answers.poll() else "nothing"
+    except EOFError:
+        return "nothing"
+    finally:
+        answers.close()
+
+
+def accelerators() -> int:
+    """Accelerators of this machine."""
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

@@ -1,0 +1,186 @@
+"""What a study is: a base configuration, a space over its fields, what counts, and how long. Optuna is not imported.
+
+study = load("configs/sweeps/rates.yaml", ["budget.trials=40"])
+study = Study(name="rates", base="configs/nano.yaml", space={"optim.lr": Range(low=5e-4, high=2e-2, log=True)}, ...)
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from herd.run import config_text
+from herd.run.errors import ConfigError
+from herd.run.section import Name, Section
+
+PRUNERS_ON_STEPS = ("hyperband", "median")
+
+
+class Range(Section):
+    low: float | int
+    high: float | int
+    log: bool = False
+    """Sample the logarithm."""
+    step: float | int | None = Field(None, gt=0)
+    """Only low, low + step, ..."""
+
+    @property
+    def whole(self) -> bool:
+        """Whole numbers only: both ends are written without a point."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}; swap them")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low = {self.low} has no logarithm; use a low above 0, or log: false")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude one another; drop one")
+        return self
+
+
+class Choices(Section):
+    choices: list[Any] = Field(min_length=2)
+    """Values of any kind, mappings and lists too."""
+
+
+class Objective(Section):
+    metric: str
+    """`heldout/MODEL` (from the metrics stream), any other key of metrics.jsonl, or `evals/ENTRY/FIELD`."""
+    direction: Literal["minimize", "maximize"] = "minimize"
+
+
+class Budget(Section):
+    trials: int = Field(20, gt=0)
+    """Trials that end on their own or are pruned; those of killed workers are made up for."""
+    hours: float | None = Field(None, gt=0.0)
+    """No trial starts later than this after the command did."""
+    trial_minutes: float | None = Field(None, gt=0.0)
+    """A trial that takes longer is stopped, and counts with what it has reached."""
+
+
+class Sampler(Section):
+    kind: Literal["tpe", "gp", "cmaes", "nsga2", "grid", "random"] = "tpe"
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of the sampler."""
+
+
+class Pruner(Section):
+    kind: Literal["none", "hyperband", "median", "wilcoxon"] = "none"
+    """hyperband, median: on held-out checks within a run. wilcoxon: on seeds, against the best trial."""
+    startup: int = Field(3, ge=1)
+    """median: trials that are never pruned. wilcoxon: seeds that are always run."""
+
+
+class Repeats(Section):
+    seeds: int = Field(0, ge=0)
+    """Fresh seeds the best trial and the defaults are run with at the end, paired; 0 for none."""
+
+
+class Launch(Section):
+    ranks: int = Field(1, gt=0)
+    """Ranks of one trial."""
+    workers: int = Field(1, gt=0)
+    """Trials at one time on this machine."""
+    program: list[str] = []
+    """What runs a trial in place of `deepspeed --module distill`: a program that takes --config, --set and --resume
+    and writes metrics.jsonl into run.folder/run.name."""
+
+
+class Study(Section):
+    name: Name
+    folder: Path = Path("runs/sweeps")
+    """The study's folder is made here; trials are run folders inside it."""
+    base: Path
+    """Configuration every trial starts from."""
+    set: list[str] = []
+    """Overrides of the base, as --set takes them."""
+    space: dict[str, Range | Choices] = Field(min_length=1)
+    """Path in the configuration -> what it may be."""
+    objectives: list[Objective] = Field(min_length=1)
+    budget: Budget = Budget()
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+    seed: int = Field(0, ge=0, lt=2**31)
+    """run.seed of every trial: the same rows and the same start, so that trials differ by their settings alone."""
+    seeds: int = Field(1, gt=0)
+    """Runs of one trial, with seeds from `seed` on; its value is their mean."""
+    repeats: Repeats = Repeats()
+    launch: Launch = Launch()
+    storage: str | None = None
+    """sqlite:///FILE (one machine; the default, in the study's folder), journal:FILE (a shared disk), postgresql://,
+    mysql://, or grpc://HOST:PORT."""
+    enqueue_defaults: bool = True
+    """Trial 0 is the base as it is, where its values lie in the space."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Study":
+        kind, several = self.pruner.kind, len(self.objectives) > 1
+        if several and kind != "none":
+            raise ValueError(f"pruner.kind = {kind}: trials of several objectives cannot be pruned; use none")
+        if kind in PRUNERS_ON_STEPS and self.seeds > 1:
+            raise ValueError(f"pruner.kind = {kind} looks at one run, seeds = {self.seeds}; use wilcoxon, or seeds: 1")
+        if kind == "wilcoxon" and self.seeds < 3:
+            raise ValueError(f"pruner.kind = wilcoxon compares seeds, seeds = {self.seeds}; use 3 or more")
+        if kind in PRUNERS_ON_STEPS and self.objectives[0].metric.startswith("evals/"):
+            raise ValueError(f"pruner.kind = {kind}: {self.objectives[0].metric} is known at the end only; use none")
+        if several and self.sampler.kind in ("cmaes",):
+            raise ValueError(f"sampler.kind = {self.sampler.kind} takes one objective; use nsga2 or tpe")
+        if self.sampler.kind == "grid" and any(isinstance(r, Range) and r.step is None for r in self.space.values()):
+            raise ValueError("sampler.kind = grid needs choices, or a step in every range")
+        if self.sampler.kind == "cmaes" and any(isinstance(part, Choices) for part in self.space.values()):
+            raise ValueError("sampler.kind = cmaes takes ranges only; use tpe")
+        return self
+
+    @property
+    def home(self) -> Path:
+        """Folder of the study."""
+        return self.folder / self.name
+
+    @property
+    def storage_url(self) -> str:
+        """Where Optuna keeps it."""
+        return self.storage or f"sqlite:///{self.home / 'study.db'}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
+    path = Path(path)
+    try:
+        tree = config_text.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --study takes the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds no mapping; a study has name, base, space, objectives, ...")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Study.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override}: write it as KEY=VALUE, such as budget.trials=40")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = config_text.parse(text)
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = ".".join(str(part) for part in fault["loc"] if part not in ("Range", "Choices"))
+        lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+    unique = list(dict.fromkeys(lines))
+    return f"{path}: {unique[0]}" if len(unique) == 1 else "\n  ".join([f"{path}: {len(unique)} faults", *unique])

@@ -1,0 +1,106 @@
+"""A search space over configuration paths: checked against the configuration, sampled by Optuna, put on as overrides.
+
+check(study)                                   # every end and choice must make a valid configuration
+overrides = suggest(trial, study.space)        # ["optim.lr=0.003", "loss.weighting={kind: lead}"]
+"""
+
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from herd.run import config, config_text
+from herd.run.errors import ConfigError
+from herd.run.schema import Config
+from sweeps.settings import Choices, Range, Study
+
+Space = dict[str, Range | Choices]
+
+
+def check(study: Study) -> Config:
+    """The base configuration; ConfigError when it, or an end or choice of the space, cannot be run."""
+    base = config.load(study.base, study.set)
+    for path, part in study.space.items():
+        for value in part.choices if isinstance(part, Choices) else (part.low, part.high):
+            override = f"{path}={config_text.write_inline(value)}"
+            try:
+                config.load(study.base, [*study.set, override])
+            except ConfigError as error:
+                raise ConfigError(f"space.{path}: {_reason(error)}") from None
+    return base
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Optuna's form of a space. Choices are stored as their YAML text: Optuna keeps plain values only."""
+    return {path: _distribution(part) for path, part in space.items()}
+
+
+def suggest(trial: optuna.Trial, space: Space) -> list[str]:
+    """Draw one point; returns its overrides."""
+    return overrides({path: trial._suggest(path, found) for path, found in distributions(space).items()}, space)
+
+
+def overrides(params: dict[str, Any], space: Space) -> list[str]:
+    """`--set` words of Optuna's parameters; a number is written so that it reads back as the same number."""
+    return [f"{path}={_text(params[path], part)}" for path, part in space.items()]
+
+
+def defaults(base: Config, space: Space) -> dict[str, Any] | None:
+    """Optuna's parameters of the base configuration itself; None where one of its values lies outside the space."""
+    tree = base.model_dump(mode="json")
+    found = {}
+    for path, part in space.items():
+        value = _look_up(tree, path)
+        if isinstance(part, Choices):
+            # Only what the choice says is compared: {kind: lead} is the base's {kind: lead, peak: 0.9, ...}.
+            fitting = [choice for choice in part.choices if _agrees(value, choice)]
+            if not fitting:
+                return None
+            found[path] = config_text.write_inline(fitting[0])
+        elif isinstance(value, int | float) and _distribution(part)._contains(value):
+            found[path] = value
+        else:
+            return None
+    return found
+
+
+def grid(space: Space) -> dict[str, list[Any]]:
+    """Every value of each path, for a grid."""
+    points = {}
+    for path, found in distributions(space).items():
+        if isinstance(found, CategoricalDistribution):
+            points[path] = list(found.choices)
+        else:
+            steps = int((found.high - found.low) / found.step + 1e-9) + 1
+            points[path] = [type(found.low)(found.low + i * found.step) for i in range(steps)]
+    return points
+
+
+def _distribution(part: Range | Choices) -> BaseDistribution:
+    if isinstance(part, Choices):
+        return CategoricalDistribution([config_text.write_inline(choice) for choice in part.choices])
+    if part.whole:
+        return IntDistribution(part.low, part.high, log=part.log, step=int(part.step or 1))
+    return FloatDistribution(float(part.low), float(part.high), log=part.log, step=part.step)
+
+
+def _text(value: Any, part: Range | Choices) -> str:
+    return value if isinstance(part, Choices) else repr(value)
+
+
+def _look_up(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree[int(key)] if isinstance(tree, list) else tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _agrees(value: Any, choice: Any) -> bool:
+    if isinstance(choice, dict) and isinstance(value, dict):
+        return all(key in value and _agrees(value[key], part) for key, part in choice.items())
+    return value == choice
+
+
+def _reason(error: ConfigError) -> str:
+    """The fault without the name of the file, which is the base and not what is wrong."""
+    text = str(error)
+    return text.partition(": ")[2] or text

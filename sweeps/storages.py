@@ -1,0 +1,200 @@
+"""Optuna's storages by URL, samplers and pruners by name, and a study opened or continued in them.
+
+optuna_study = open_study(study, base)         # ConfigError when one of that name holds another study
+"""
+
+import difflib
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from herd.run import config
+from herd.run.errors import ConfigError, EnvironmentFault
+from herd.run.schema import Config
+from sweeps import spaces
+from sweeps.settings import Study
+
+PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
+BUSY_S = 60  # SQLite waits so long for another worker's write
+SETTINGS = "settings"
+DATABASES = ("sqlite", "postgresql", "mysql")
+Answer = TypeVar("Answer")
+
+
+def open_study(study: Study, base: Config) -> optuna.Study:
+    """The study in its storage, made if it is not there, with trial 0 or the grid waiting in it.
+
+    Raises ConfigError when the storage holds a study of that name with other settings (the difference is shown),
+    EnvironmentFault when the storage does not answer.
+    """
+    quiet()
+    storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
+    wanted = identity(study, base)
+    found = patiently(
+        lambda: optuna.create_study(
+            storage=storage,
+            study_name=study.name,
+            sampler=make_sampler(study),
+            pruner=make_pruner(study, base),
+            directions=[objective.direction for objective in study.objectives],
+            load_if_exists=True,
+        ),
+        study.storage_url,
+    )
+    known = found.user_attrs.get(SETTINGS)
+    if known is None:
+        found.set_user_attr(SETTINGS, wanted)
+        _enqueue_first(found, study, base)
+    elif known != wanted:
+        lines = "\n".join(f"  {line}" for line in _differences(known, wanted))
+        raise ConfigError(f"name = {study.name}: the study in {study.storage_url} is another one:\n{lines}\n"
+                          "  undo the change, or give this study another name")  # fmt: skip
+    return found
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Optuna's storage of a URL; ConfigError for one that names no storage."""
+    kind, _, rest = url.partition(":")
+    if kind.partition("+")[0] in DATABASES:
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if kind == "sqlite":
+            _make_parent(rest.removeprefix("///"))
+            options = {"connect_args": {"timeout": BUSY_S}}
+        return RDBStorage(url, engine_kwargs=options)
+    if kind == "journal" and rest:
+        _make_parent(rest)
+        return JournalStorage(JournalFileBackend(rest))
+    host, _, port = rest.removeprefix("//").rpartition(":")
+    if kind == "grpc" and host and port.isdecimal():
+        return GrpcStorageProxy(host=host, port=int(port))
+    raise ConfigError(
+        f"storage = {url}: no storage; use sqlite:///FILE, journal:FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
+    )
+
+
+def patiently(call: Callable[[], Answer], url: str) -> Answer:
+    """The answer of a call to the storage, tried for about a minute; then EnvironmentFault."""
+    for wait in (*PATIENCE_S, None):
+        try:
+            return call()
+        except ImportError as error:
+            raise EnvironmentFault(f"storage = {_shown(url)}: {_line(error)}; install its driver") from error
+        except Exception as error:
+            if not _outage(error):
+                raise
+            if wait is None:
+                raise EnvironmentFault(
+                    f"storage = {_shown(url)} does not answer ({_line(error)}); start it, give the same command again"
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def make_sampler(study: Study, *salt: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a study. A grid's points are enqueued, so its sampler is only asked when there are none left.
+
+    salt: what tells one draw from another. Workers that all began with the study's own seed would draw the same points.
+    """
+    kind = study.sampler.kind
+    seed = int(np.random.SeedSequence((study.sampler.seed, *salt)).generate_state(1)[0])
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    try:
+        return samplers[kind]()
+    except ImportError as error:
+        raise EnvironmentFault(f"sampler.kind = {kind} needs a package: {_line(error)}") from error
+
+
+def make_pruner(study: Study, base: Config) -> optuna.pruners.BasePruner:
+    """The pruner of a study; its unit is the optimiser step, or the seed."""
+    first, last = base.run.evaluate_every, base.run.steps + base.teacher.head_start
+    startup = study.pruner.startup
+    pruners = {
+        "none": lambda: optuna.pruners.NopPruner(),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=max(1, first), max_resource=last),
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=startup),
+        "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(n_startup_steps=startup),
+    }
+    return pruners[study.pruner.kind]()
+
+
+def identity(study: Study, base: Config) -> dict[str, Any]:
+    """What makes a study this study and no other: as JSON."""
+    free = {"base", "set", "budget", "launch", "repeats", "folder", "storage"}
+    settings = study.model_dump(mode="json", exclude=free)
+    return json.loads(json.dumps(settings | {"base": config.dump(base)}))
+
+
+def quiet() -> None:
+    """Optuna speaks through us."""
+    optuna.logging.set_verbosity(logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def _enqueue_first(found: optuna.Study, study: Study, base: Config) -> None:
+    first = spaces.defaults(base, study.space) if study.enqueue_defaults else None
+    if first is not None:
+        found.enqueue_trial(first, user_attrs={"defaults": True})
+    if study.sampler.kind == "grid":
+        for params in grid_points(study):
+            if params != first:
+                found.enqueue_trial(params)
+
+
+def grid_points(study: Study) -> list[dict[str, Any]]:
+    """All points of the space, the last path turning fastest."""
+    points: list[dict[str, Any]] = [{}]
+    for path, values in spaces.grid(study.space).items():
+        points = [point | {path: value} for point in points for value in values]
+    return points
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = (_pretty(tree.get(key)) for tree in (old, new))
+        changed = [
+            line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
+        ]
+        lines += [f"{key}: {line}" for line in changed]
+    return lines
+
+
+def _pretty(value: Any) -> list[str]:
+    return value.splitlines() if isinstance(value, str) else json.dumps(value, indent=1, sort_keys=True).splitlines()
+
+
+def _make_parent(file: str) -> None:
+    Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
+def _outage(error: Exception) -> bool:
+    """Whether the storage, and not what was asked of it, is the trouble. Drivers are optional, so known by name."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, StorageInternalError | OSError) or package in ("sqlalchemy", "grpc")
+
+
+def _shown(url: str) -> str:
+    """Without the password."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}://...@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

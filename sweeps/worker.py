@@ -1,0 +1,268 @@
+"""Takes trials from a study one after another and runs them, until the budget is used or it is told to stop.
+
+    work(study, base, slot, deadline=None)          a process of its own, started by sweeps.pool
+
+Every trial ends told: complete, pruned (by the pruner, by its time, by NaN) or failed. One that is cut off waits again.
+"""
+
+import math
+import os
+import shutil
+import signal
+import socket
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from herd.run import config_text
+from herd.run.errors import ENVIRONMENT, NUMERICAL, ConfigError, EnvironmentFault, HerdError, Interrupted
+from herd.run.schema import Config
+from sweeps import metrics, spaces, storages
+from sweeps.ledger import BEAT_S, Ledger
+from sweeps.settings import PRUNERS_ON_STEPS, Study
+from sweeps.storages import Answer
+from sweeps.trial import Slot, TrialRun
+
+GLANCE_S = 0.25
+STOPPED = "stopped"
+MOST_FAILURES = 3  # trials in a row, before any has succeeded
+
+
+class TrialsFail(HerdError):
+    """The study's trials fail in a way that the next ones would too; carries their exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Cut(Exception):
+    """A run that was cut off: its trial is not over."""
+
+
+class Pruned(Exception):
+    """A trial that has seen enough."""
+
+
+class Failed(Exception):
+    """A run that ended with an error of its own."""
+
+    def __init__(self, code: int, line: str) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+@dataclass
+class Worker:
+    study: Study
+    base: Config
+    slot: Slot
+    optuna_study: optuna.Study
+    deadline: float | None = None
+    """time.monotonic() after which no trial starts."""
+    stopping: bool = False
+    parent: int = field(default_factory=os.getppid)
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.optuna_study, self.study.budget.trials)
+
+    def work(self) -> None:
+        """Run trials until there is none to start. Raises Interrupted when told to stop, TrialsFail to stop all."""
+        while True:
+            self.check_stop()
+            self.on_storage(self.ledger.recover)
+            if (self.deadline is not None and time.monotonic() > self.deadline) or not self.on_storage(
+                self.ledger.room
+            ):
+                return
+            trial = self.on_storage(self.ask)
+            if self.on_storage(lambda trial=trial: self.ledger.claim(trial)):
+                self.run(trial)
+
+    def ask(self) -> optuna.Trial:
+        """The next trial: one that waits, or a new draw that no other worker makes."""
+        count = len(self.optuna_study.get_trials(deepcopy=False))
+        host = 0 if self.study.storage_url.startswith("sqlite") else zlib.crc32(socket.gethostname().encode())
+        self.optuna_study.sampler = storages.make_sampler(self.study, count, self.slot.number, host)
+        return self.optuna_study.ask()
+
+    def run(self, trial: optuna.Trial) -> None:
+        """One trial from its settings to its end in the storage."""
+        started = time.monotonic()
+        overrides = self.on_storage(lambda: spaces.suggest(trial, self.study.space))
+        name = f"trial-{trial.user_attrs.get('run', trial.number):04d}"
+        facts = {"folder": str(self.study.home / name), "overrides": overrides}
+        self.on_storage(lambda: [trial.set_user_attr(key, value) for key, value in facts.items()])
+        try:
+            values = self.values(trial, name, overrides, started)
+        except Cut:
+            self.on_storage(lambda: self.ledger.pause(trial))
+            raise Interrupted("") from None
+        except ConfigError as error:  # an objective that no run reports
+            self.tell(trial, TrialState.FAIL, why=str(error))
+            self.stop_all(str(error), error.exit_code)
+        except Pruned as reason:
+            self.tell(trial, TrialState.PRUNED, why=str(reason))
+        except Failed as error:
+            self.failed(trial, error)
+        else:
+            self.tell(trial, TrialState.COMPLETE, values)
+        self.say(trial, time.monotonic() - started)
+
+    def values(self, trial: optuna.Trial, name: str, overrides: list[str], started: float) -> list[float]:
+        """The objectives' values, means over the trial's seeds."""
+        study, rows = self.study, []
+        for index in range(study.seeds):
+            one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
+            folder = self.follow(trial, one, overrides, study.seed + index, started)
+            rows.append([metrics.final(folder, objective.metric) for objective in study.objectives])
+            if study.seeds > 1 and len(study.objectives) == 1:
+                self.on_storage(lambda index=index: trial.report(rows[-1][0], index))
+                if index + 1 < study.seeds and self.on_storage(trial.should_prune):
+                    raise Pruned(f"seed {index + 1} of {study.seeds}")
+        return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+
+    def follow(self, trial: optuna.Trial, name: str, overrides: list[str], seed: int, started: float) -> Path:
+        """Run one training to its end; returns its folder. Raises Pruned, Failed or Cut, with nothing left running."""
+        run = TrialRun.start(
+            self.study, name=name, overrides=overrides, seed=seed, slot=self.slot, tags=self.tags(trial)
+        )
+        try:
+            self.watch(trial, run, started)
+        finally:
+            run.stop()
+        self.remember_run(trial, run.folder)
+        code = run.code()
+        if code == 0:
+            clear_checkpoints(run.folder)
+            return run.folder
+        if code == NUMERICAL:
+            raise Pruned(run.last_words())
+        raise Failed(code or 0, run.last_words())
+
+    def watch(self, trial: optuna.Trial, run: TrialRun, started: float) -> None:
+        """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
+        stream = metrics.MetricsStream(run.folder / "metrics.jsonl")
+        single = len(self.study.objectives) == 1 and self.study.seeds == 1
+        beaten, seen, limit = time.monotonic(), set(), self.study.budget.trial_minutes
+        while True:
+            over = run.code() is not None
+            for step, value in stream.new(self.study.objectives[0].metric) if single else ():
+                if step in seen or not math.isfinite(value):
+                    continue
+                seen.add(step)
+                self.on_storage(lambda step=step, value=value: trial.report(value, step))
+                if not over and self.study.pruner.kind in PRUNERS_ON_STEPS and self.on_storage(trial.should_prune):
+                    raise Pruned(f"step {step}")
+            if over:
+                return
+            if limit is not None and time.monotonic() - started > 60 * limit:
+                raise Pruned(f"budget.trial_minutes = {limit:g} are over")
+            if time.monotonic() - beaten > BEAT_S:
+                beaten = time.monotonic()
+                self.on_storage(lambda: self.ledger.beat(trial))
+            if self.must_stop():
+                raise Cut
+            time.sleep(GLANCE_S)
+
+    def failed(self, trial: optuna.Trial, error: Failed) -> None:
+        """A run that failed by itself: this trial's own fault, or one that all trials would meet."""
+        frozen = next(t for t in self.on_storage(self.optuna_study.get_trials) if t.number == trial.number)
+        line = f"trial {trial.number}: {error} (its log: {frozen.user_attrs['folder']}.log)"
+        if error.code == ENVIRONMENT:
+            self.on_storage(lambda: self.ledger.pause(trial))
+            self.stop_all(line, ENVIRONMENT)
+        from_outside = error.code >= 128 or error.code in (0, Interrupted.exit_code)
+        if from_outside and self.on_storage(lambda: self.ledger.retry(frozen)):
+            return
+        self.tell(trial, TrialState.FAIL, why=str(error))
+        ended = self.on_storage(self.ledger.ended)
+        failures = [t for t in ended if t.state == TrialState.FAIL]
+        sound = any(t.state != TrialState.FAIL for t in ended)
+        if frozen.user_attrs.get("defaults") or (len(failures) >= MOST_FAILURES and not sound):
+            self.stop_all(line, error.code)
+
+    def tell(self, trial: optuna.Trial, state: TrialState, values: list[float] | None = None, why: str = "") -> None:
+        """End a trial in the storage; one that another worker ended meanwhile stays as it is."""
+        if why:
+            self.on_storage(lambda: trial.set_user_attr("why", why))
+        self.on_storage(lambda: self.optuna_study.tell(trial.number, values, state=state, skip_if_finished=True))
+
+    def stop_all(self, line: str, code: int) -> None:
+        """Raise TrialsFail here, and have the workers of every other machine stop too."""
+        self.on_storage(lambda: self.optuna_study.set_user_attr(STOPPED, line))
+        raise TrialsFail(f"{self.study.name} stops: {line}", code)
+
+    def check_stop(self) -> None:
+        """Raise Interrupted when this worker, or the whole study, was told to stop."""
+        if self.must_stop():
+            raise Interrupted("")
+        if self.on_storage(lambda: self.optuna_study.user_attrs).get(STOPPED):
+            raise Interrupted("another worker stopped the study")
+
+    def must_stop(self) -> bool:
+        """Told to stop, or left behind by a command that was killed."""
+        return self.stopping or os.getppid() != self.parent
+
+    def tags(self, trial: optuna.Trial) -> list[str]:
+        """Overrides that hang the trial's MLflow run below the study's."""
+        attributes = self.on_storage(lambda: self.optuna_study.user_attrs)
+        parent = attributes.get("mlflow_run_id")
+        found = {"sweep.study": self.study.name, "sweep.trial": str(trial.number)}
+        words = [f"tracking.tags={config_text.write_inline(found)}"]
+        return words + ([f"tracking.parent={parent}"] if parent else [])
+
+    def remember_run(self, trial: optuna.Trial, folder: Path) -> None:
+        """Put the MLflow run's id beside the trial, so that each interface leads to the other."""
+        run_id = metrics.mlflow_run(folder)
+        if run_id:
+            self.on_storage(lambda: trial.set_user_attr("mlflow_run_id", run_id))
+
+    def on_storage(self, call: Callable[[], Answer]) -> Answer:
+        """An answer of the storage, which may be busy for a while."""
+        return storages.patiently(call, self.study.storage_url)
+
+    def say(self, trial: optuna.Trial, seconds: float) -> None:
+        """One line about a trial that is over."""
+        ended = self.on_storage(self.ledger.ended)
+        mine = next((t for t in ended if t.number == trial.number), None)
+        if mine is None:  # it waits again
+            return
+        word = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[mine.state]
+        numbers = " ".join(f"{value:.4g}" for value in mine.values or ()) or f"{word}: {mine.user_attrs.get('why', '')}"
+        place = f"{len(ended)}/{self.study.budget.trials}"
+        words = "  ".join(mine.user_attrs["overrides"])
+        print(f"trial {trial.number} ({place})  {numbers}  {seconds:.0f} s  {words}", flush=True)
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove what only a resume would need, a trial's largest part."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers: Connection) -> None:
+    """Body of a worker process: its error, if any, goes back through the connection `answers`."""
+    worker = None
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        worker = Worker(study, base, slot, storages.open_study(study, base), deadline)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(worker, "stopping", True))
+        worker.work()
+        answers.send(None)
+    except HerdError as error:
+        answers.send((str(error), error.exit_code))
+
+
+def raise_answer(answer: tuple[str, int]) -> None:
+    """Raise in the parent what a worker met."""
+    message, code = answer
+    if code == ENVIRONMENT:
+        raise EnvironmentFault(message)
+    raise TrialsFail(message, code)

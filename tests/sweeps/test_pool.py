@@ -1,0 +1,195 @@
+"""Whole studies over real storages and real processes; the runs themselves are the stub's."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+import sweeps
+from herd.run.errors import ConfigError
+from sweeps import Range, storages
+from sweeps.ledger import Ledger
+from sweeps.worker import TrialsFail
+from tests.sweeps import studies
+
+
+def counted(study):
+    found = optuna.load_study(study_name=study.name, storage=storages.open_storage(study.storage_url))
+    return found, Ledger(found, study.budget.trials).ended()
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_study_ends_with_its_budget_the_defaults_first_and_a_report(tmp_path, storage):
+    url = None if storage == "sqlite" else f"journal:{tmp_path / 'journal.log'}"
+    study = studies.make(tmp_path, storage=url)
+    result = sweeps.run(study)
+    assert [trial.state for trial in result.trials] == ["complete"] * 5
+    assert result.trials[0].defaults and result.trials[0].overrides == ("optim.lr=0.004",)
+    assert result.best.values == (min(trial.values for trial in result.trials)[0],)
+    assert (study.home / "report.html").stat().st_size > 10_000
+    again = sweeps.run(study)  # nothing is left to do
+    assert again == result
+    assert len((study.home / "starts").read_text().split()) == 5
+
+
+def test_two_workers_share_a_study_without_a_trial_too_many(tmp_path):
+    study = studies.make(tmp_path, budget={"trials": 7}, launch={"program": studies.STUB, "workers": 2})
+    result = sweeps.run(study)
+    assert len(result.trials) == 7
+    assert len({trial.overrides for trial in result.trials}) == 7
+
+
+def test_bad_trials_are_cut_early_and_cost_fewer_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "0.4")
+    study = studies.make(
+        tmp_path, set=["run.steps=6", "tracking.enabled=false"], budget={"trials": 6},
+        pruner={"kind": "median", "startup": 1}, sampler={"kind": "random", "seed": 2},
+    )  # fmt: skip
+    result = sweeps.run(study)
+    pruned = [trial for trial in result.trials if trial.state == "pruned"]
+    assert pruned and all(trial.why.startswith("step ") for trial in pruned)
+    for trial in pruned:
+        assert not (trial.folder / "done").exists()
+        last = json.loads((trial.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] < 6 and not psutil.pid_exists(last["pid"])
+
+
+def test_a_trial_over_its_time_is_stopped_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "5")
+    study = studies.make(tmp_path, budget={"trials": 1, "trial_minutes": 0.05})
+    (trial,) = sweeps.run(study).trials
+    assert trial.state == "pruned" and "trial_minutes" in trial.why
+
+
+def test_a_base_that_fails_stops_the_study_after_its_first_trial(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FAIL", "4")
+    study = studies.make(tmp_path, budget={"trials": 50})
+    with pytest.raises(TrialsFail, match="the stub was told to fail") as caught:
+        sweeps.run(study)
+    assert caught.value.exit_code == 4
+    assert (study.home / "starts").read_text().split() == ["trial-0000"]
+
+
+def test_trials_without_a_finite_loss_are_pruned_and_the_study_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FAIL", "5")
+    assert {trial.state for trial in sweeps.run(studies.make(tmp_path)).trials} == {"pruned"}
+
+
+def test_an_objective_no_run_reports_is_named_with_what_there_is(tmp_path):
+    study = studies.make(tmp_path, objectives=[{"metric": "heldout/scoot"}])
+    with pytest.raises(TrialsFail, match="never reported heldout/scoot; it has heldout/scout"):
+        sweeps.run(study)
+
+
+def test_another_space_under_the_same_name_is_refused_with_the_difference(tmp_path):
+    study = studies.make(tmp_path, budget={"trials": 1})
+    sweeps.run(study)
+    other = studies.make(tmp_path, budget={"trials": 1}, space={"optim.lr": Range(low=1e-4, high=1e-2, log=True)})
+    with pytest.raises(ConfigError, match=r"space: \+.*0.01"):
+        sweeps.run(other)
+
+
+def test_a_larger_budget_goes_on_where_the_study_was(tmp_path):
+    sweeps.run(studies.make(tmp_path, budget={"trials": 2}))
+    result = sweeps.run(studies.make(tmp_path, budget={"trials": 4}))
+    assert len(result.trials) == 4
+
+
+def test_a_grid_runs_every_point_once(tmp_path):
+    space = {"optim.lr": Range(low=0.001, high=0.004, step=0.001)}
+    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 4})
+    assert sorted(t.overrides for t in sweeps.run(study).trials) == [
+        (f"optim.lr={v}",) for v in (0.001, 0.002, 0.003, 0.004)
+    ]
+
+
+def test_wilcoxon_stops_a_trial_that_loses_seed_after_seed(tmp_path):
+    study = studies.make(tmp_path, seeds=8, pruner={"kind": "wilcoxon", "startup": 4}, budget={"trials": 6})
+    result = sweeps.run(study)
+    best = result.best
+    assert any(trial.state == "pruned" and trial.why.startswith("seed ") for trial in result.trials)
+    assert best.state == "complete"
+
+
+def test_repeats_are_paired_with_fresh_seeds(tmp_path):
+    space = {"optim.lr": Range(low=0.003, high=0.004, step=0.001)}
+    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 2}, repeats={"seeds": 3})
+    result = sweeps.run(study)
+    assert result.best.overrides == ("optim.lr=0.003",)
+    expected = result.best.values[0] - result.default.values[0]
+    assert result.repeats["difference"] == pytest.approx(expected, abs=1e-9)  # the stub's seeds shift both alike
+    assert result.repeats["interval"] == pytest.approx([expected, expected], abs=1e-9)
+
+
+def test_killed_workers_and_commands_lose_no_trial_and_count_none_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "0.1")
+    study = studies.make(
+        tmp_path, budget={"trials": 8}, set=["run.steps=8", "tracking.enabled=false"],
+        launch={"program": studies.STUB, "workers": 2},
+    )  # fmt: skip
+    path = tmp_path / "study.json"
+    path.write_text(study.model_dump_json())
+    code = "import sys, sweeps; sweeps.run(sweeps.Study.model_validate_json(open(sys.argv[1]).read()))"
+    choose = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=studies.ROOT)
+        time.sleep(3 + 2 * choose.random())
+        family = (
+            [process.pid, *(c.pid for c in psutil.Process(process.pid).children())] if process.poll() is None else []
+        )
+        for pid in choose.sample(family, min(2, len(family))):
+            with_kill(pid)
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    result = sweeps.run(study)
+    assert len(result.trials) == 8 and {trial.state for trial in result.trials} == {"complete"}
+    found, ended = counted(study)
+    assert not found.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    folders = Counter(trial.user_attrs["folder"] for trial in ended)
+    assert set(folders.values()) == {1}
+    for trial in ended:  # no step of a run was made twice, by two processes at once
+        steps = [json.loads(line)["step"] for line in lines_of(trial.user_attrs["folder"])]
+        assert steps == list(range(1, 9))
+
+
+def lines_of(folder: str) -> list[str]:
+    return (Path(folder) / "metrics.jsonl").read_text().splitlines()
+
+
+def with_kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def test_an_interrupted_study_goes_on_with_the_trial_it_was_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "0.5")
+    study = studies.make(tmp_path, budget={"trials": 2}, set=["run.steps=8", "tracking.enabled=false"])
+    path = tmp_path / "study.json"
+    path.write_text(study.model_dump_json())
+    code = "import sys, sweeps; sweeps.run(sweeps.Study.model_validate_json(open(sys.argv[1]).read()))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=studies.ROOT, stderr=subprocess.PIPE, text=True
+    )
+    first = study.home / "trial-0000" / "metrics.jsonl"
+    while not first.exists() or not first.read_text():
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.terminate()
+    assert "nothing is lost" in process.communicate()[1]
+    monkeypatch.setenv("STUB_SECONDS", "0")
+    result = sweeps.run(study)
+    assert len(result.trials) == 2
+    assert Counter((study.home / "starts").read_text().split())["trial-0000"] == 2
