@@ -2,7 +2,7 @@
 
     python benchmarks/sweeps.py [--trials 200]
 
-Trials are the stub of tests/sweeps: it takes a run's flags, writes a run's files and trains nothing. Overhead: seconds a
+Trials are the stub of tests/sweeps: a run's flags and files, and no training. Overhead: seconds a
 trial beyond the bare stub process, same machine, alternating. Writes benchmarks/results/sweeps.json.
 """
 
