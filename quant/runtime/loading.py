@@ -1,0 +1,111 @@
+"""Opens an exported folder for serving: low-bit kernels on a CPU, transformers' own path on other devices.
+
+    model = load("exports/scout-int4")         # a transformers model; never holds the bf16 weights of packed layers
+    model.generate(...)
+
+`quant.loading.load` is the reference path: the same model unpacked to bf16, as transformers computes it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4TextModel, Llama4TextMoe
+
+from herd.run.errors import DataError
+from quant import loading as reference
+from quant.architectures import model_class
+from quant.plans import tied_names
+from quant.runtime.crossovers import Crossovers
+from quant.runtime.decoding import use_lean_steps
+from quant.runtime.feed_forward import Mlp, route
+from quant.runtime.served import serve
+from quant.runtime.stored_layers import StoredLayers, kind_of
+from quant.runtime.tensor_files import TensorFiles
+from quant.sources import read_config
+
+
+def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
+    """The compressed model in a folder, in eval mode; DataError when it is not one or cannot be read.
+
+    On a CPU the weights stay as small as they are stored (int4 and int8 and fp8 of compressed-tensors); experts see
+    only their own tokens. kernel_rows: inputs of at most that many rows use the kernel for few rows; None measures.
+    Other devices and other schemes get transformers' own path, and one line on stderr says so.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    section = config.to_dict().get("quantization_config")
+    if not section:
+        raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
+    if torch.device(device).type != "cpu":
+        _say(f"{folder}: on {device} transformers unpacks the weights to bf16; vLLM serves the folder with GPU kernels")
+        return reference.load(folder).to(device)
+    kind = kind_of(section)
+    if kind is None:
+        _say(f"{folder}: no CPU kernel for {_describe(section)}; weights are unpacked to bf16")
+        return reference.load(folder)
+    return _serve(folder, config, StoredLayers(TensorFiles(folder), kind, Crossovers(kernel_rows)))
+
+
+def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+    _replace_layers(model, layers)
+    _renew_buffers(model)
+    state = {name: layers.files[name] for name in layers.files if name not in layers.used}
+    state = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    _, unexpected = model.load_state_dict(state, assign=True, strict=False)
+    if unexpected:
+        raise DataError(f"{folder}: tensor {unexpected[0]} belongs to no layer of the model; export it again")
+    model.tie_weights()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if missing:
+        raise DataError(f"{folder}: tensor {missing[0]} is missing; copy the folder again")
+    for module in list(model.modules()):
+        if isinstance(module, Llama4TextModel):
+            use_lean_steps(module)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = model.generation_config.from_pretrained(folder)
+    return serve(model)
+
+
+def _replace_layers(model: PreTrainedModel, layers: StoredLayers) -> None:
+    """Put layers for serving in the places of quantised ones, from the first to the last; each is read just then."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Llama4TextMoe):
+            shared = _mlp(f"{name}.shared_expert", module.shared_expert.activation_fn, layers)
+            experts = [
+                _mlp(f"{name}.experts.{expert}", module.experts.act_fn, layers) for expert in range(module.num_experts)
+            ]
+            route(module, experts=experts, shared=shared)
+        elif isinstance(module, Llama4TextMLP) and not name.endswith(".shared_expert"):
+            model.set_submodule(name, _mlp(name, module.activation_fn, layers))
+        elif isinstance(module, nn.Linear) and layers.quantised(name):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), Mlp):
+                continue
+            layer = layers.make([name])
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
+
+
+def _mlp(name: str, activation: nn.Module, layers: StoredLayers) -> Mlp:
+    gate_up = layers.make([f"{name}.gate_proj", f"{name}.up_proj"])
+    return Mlp(gate_up, layers.make([f"{name}.down_proj"]), activation)
+
+
+def _renew_buffers(model: PreTrainedModel) -> None:
+    """Make modules again whose buffers are computed, not stored (rotary embeddings), outside the meta device."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(module.config))
+
+
+def _describe(section: dict) -> str:
+    return f"{section.get('quant_method', 'unknown')} {section.get('format', '')}".strip()
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
