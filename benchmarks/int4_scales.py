@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from herd.data.corpora import open_corpus
 from herd.run.schema import Data
-from quant import int4
+from quant.formats.grid import Grid, Parameters
+from quant.formats.grid_search import Rounding, search_groups
 from quant.loading import route_experts
 from quant.plans import Plan, make_plan
 from quant.quantized import fake_quantised
@@ -41,18 +42,21 @@ def recipes() -> dict[str, Callable[[Tensor], Tensor]]:
         "least |error|^2.4": lambda weight_MS: search(weight_MS, power=2.4, signs=(1,)),
         "least |error|^2, either sign": lambda weight_MS: search(weight_MS, power=2.0, signs=(1, -1)),
         "least |error|^2.4, either sign": lambda weight_MS: search(weight_MS, power=2.4, signs=(1, -1)),
-        "quant (least |error|^4, either sign, refined)": int4.search_scale,
+        "quant (least |error|^4, either sign, refined)": lambda weight_MS: search_groups(
+            weight_MS, None, bits=4, symmetric=True
+        )[0],
     }
 
 
 def search(weight_MS: Tensor, *, power: float, signs: tuple[int, ...]) -> Tensor:
     """The best of 30 multiples of absmax / 7.5 per sign under one norm of the error."""
+    rounding = Rounding(weight_MS, None, 4)
     full_M = weight_MS.abs().amax(-1) / 7.5
     best_M, least_M = _rounded(full_M), torch.full_like(full_M, torch.inf)
     for step in range(30):
         for sign in signs:
             scale_M = _rounded(full_M * sign * (0.5 + 0.02 * step))
-            rounded_MS = int4.encode(weight_MS, scale_M) * scale_M[:, None]
+            rounded_MS = rounding.codes(scale_M, None) * scale_M[:, None]
             error_M = (rounded_MS - weight_MS).abs().pow(power).sum(-1)
             wins_M = error_M < least_M
             best_M, least_M = torch.where(wins_M, scale_M, best_M), torch.where(wins_M, error_M, least_M)
@@ -97,12 +101,10 @@ def quantise(plan: Plan, source: ModelSource, recipe: Callable[[Tensor], Tensor]
     """The model with every layer of the plan rounded with the recipe's scales."""
     tensors = {name: plan.read_kept(source, name) for name in plan.kept}
     for layer in plan.layers:
-        weight_MS = plan.read_layer(source, layer).float().reshape(-1, group_size)
-        scale_M = recipe(weight_MS)
-        codes_NK = int4.encode(weight_MS, scale_M).to(torch.int8).view(layer.shape)
-        tensors[f"{layer.name}.weight_packed"] = int4.pack(codes_NK)
-        tensors[f"{layer.name}.weight_scale"] = scale_M.bfloat16().view(layer.shape[0], -1)
-        tensors[f"{layer.name}.weight_shape"] = torch.tensor(layer.shape)
+        weight_NK = plan.read_layer(source, layer).float()
+        parameters = Parameters(recipe(weight_NK.view(-1, group_size)).view(layer.shape[0], -1))
+        stored = plan.scheme.store(Grid(4, True, group_size).encode(weight_NK, parameters), parameters)
+        tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in stored.items()}
     return route_experts(fake_quantised(plan, tensors))
 
 

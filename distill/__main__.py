@@ -6,6 +6,7 @@ Configuration errors and --help come before any heavy import.
 
 import sys
 
+from distill.export_checks import check_exports
 from herd.run import cli
 from herd.run.config import load
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         config = load(arguments.config, arguments.set)
+        check_exports(config)
         if arguments.dry_run:
             from distill import plan
 

@@ -79,11 +79,13 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
 
 def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
-    name = export_name(student, settings.scheme)
+    name = export_name(student, settings.scheme, settings.container)
     folder = run_folder / "exports" / name
     if not folder.exists():
         source = run_folder / "students" / student
-        quantized = quant.quantize(source, scheme=settings.scheme, group_size=settings.group_size)
+        quantized = quant.quantize(
+            source, scheme=settings.scheme, group_size=settings.group_size, container=settings.container
+        )
         child = tracker.nested(name, role="export", params=settings.model_dump())
         tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}

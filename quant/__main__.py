@@ -17,6 +17,7 @@ from herd.run import cli
 from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
+from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.target import check_target
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(
         "quant",
-        description="Quantise a model folder (text-only Llama 4, or a dense causal LM) and export it in the\n"
-        "compressed-tensors format. A fresh process reloads the export and refuses it unless it\n"
-        "computes what the quantised model in memory computes.",
+        description="Quantise a model folder (text-only Llama 4, or a dense causal LM) and export it. A fresh process\n"
+        "reloads the export and refuses it unless it computes what the quantised model in memory computes.\n\n"
+        "schemes:\n" + "\n".join(f"  {name:14s}{kind.summary}" for name, kind in SCHEMES.items()),
         examples=(
             "python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4",
             "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.mlp.*' --dry-run",
@@ -51,9 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR", help="unquantised model folder (safetensors)")
-    add("--scheme", required=True, choices=("int4", "fp8"), help="int4: weights in groups; fp8: E4M3")
+    add("--scheme", required=True, choices=tuple(SCHEMES), metavar="NAME", help="number format, one of the above")
+    add("--container", choices=CONTAINERS, help="what its tensors go into; each scheme has a usual one")
+    add("--reader", choices=READERS, help="refuse a scheme that this program cannot read")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
-    add("--group-size", type=int, metavar="N", help="int4 weights that share a scale: 32, 64 (default), 128")
+    add("--group-size", type=group_size, metavar="N", help="weights that share a scale: 32, 64 (default), 128, channel")
     add(
         "--ignore", action="append", default=[], metavar="PATTERN",
         help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; may be repeated",
@@ -65,15 +68,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def group_size(text: str) -> int | str:
+    """A number, or `channel`."""
+    return text if text == "channel" else int(text)
+
+
 def check(options: argparse.Namespace) -> None:
     """Everything that can be refused before the heavy imports; fills in the group size of int4."""
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a saved model")
     check_target(options.out)
-    if options.scheme != "int4" and options.group_size is not None:
-        raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no groups; leave it out")
+    if not SCHEMES[options.scheme].grouped and options.group_size is not None:
+        raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no choice of groups; leave it out")
+    options.container = options.container or SCHEMES[options.scheme].containers[0]
     if options.group_size is None:
         options.group_size = GROUP_SIZE
+    check_scheme(options.scheme, options.group_size, options.container)
+    if options.reader is not None:
+        check_reader(options.scheme, options.container, options.reader, moe=False)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -89,8 +101,14 @@ def run(options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     started = time.monotonic()
     quantized = quantize(
-        options.model, scheme=options.scheme, group_size=options.group_size, ignore=tuple(options.ignore)
+        options.model,
+        scheme=options.scheme,
+        group_size=options.group_size,
+        container=options.container,
+        ignore=tuple(options.ignore),
     )
+    if options.reader is not None:
+        check_reader(options.scheme, options.container, options.reader, moe=quantized.plan.has_experts)
     result = summary(quantized.plan)
     if options.dry_run:
         print(json.dumps(result, indent=1) if options.json else describe(quantized.plan))
@@ -111,7 +129,8 @@ def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[
     inherited = ("teacher", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
     facts = {key: source[key] for key in inherited if source.get(key) is not None}
     words = ["--model", str(options.model), "--scheme", options.scheme, "--out", str(options.out)]
-    words += ["--group-size", str(options.group_size)] if options.scheme == "int4" else []
+    words += ["--group-size", str(options.group_size)] if SCHEMES[options.scheme].grouped else []
+    words += ["--container", options.container] if options.container != SCHEMES[options.scheme].containers[0] else []
     words += [word for pattern in options.ignore for word in ("--ignore", pattern)]
     command = shlex.join(["python", "-m", "quant", *words])
     student = source.get("name") or options.model.resolve().name
@@ -136,6 +155,7 @@ def summary(plan: "Plan") -> dict[str, Any]:
 def describe(plan: "Plan") -> str:
     """The plan for people: one line per kind of layer."""
     from quant.exports import family
+    from quant.sections import format_name
 
     quantised: dict[tuple[int, int], list[str]] = {}
     for layer in plan.layers:
@@ -143,7 +163,7 @@ def describe(plan: "Plan") -> str:
     kept: dict[str, list[str]] = {}
     for name, reason in plan.ignored.items():
         kept.setdefault(reason, []).append(name)
-    lines = [f"{plan.scheme.label} ({plan.scheme.format})", "", "quantised"]
+    lines = [f"{plan.scheme.label} ({format_name(plan.scheme)})", "", "quantised"]
     lines += [f"  {len(names):5d} x {shape[0]} x {shape[1]}  {family(names)}" for shape, names in quantised.items()]
     lines += ["kept in bf16 (with norms and embeddings)"]
     lines += [f"  {len(names):5d}  {family(names)}: {reason}" for reason, names in kept.items()]
@@ -162,12 +182,17 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> 
     from herd.run.tracking import open_tracker
 
     name = options.out.resolve().name
-    settings = {"model": str(options.model), "scheme": options.scheme, "ignore": list(options.ignore)}
+    settings = {
+        "model": str(options.model),
+        "scheme": options.scheme,
+        "container": options.container,
+        "ignore": list(options.ignore),
+    }
     tracker = open_tracker(
         options.out,
         experiment=options.experiment,
         run_name=name,
-        config=settings | ({"group_size": options.group_size} if options.scheme == "int4" else {}),
+        config=settings | ({"group_size": options.group_size} if SCHEMES[options.scheme].grouped else {}),
         tags={"herd.role": "export"},
         enabled=not options.no_tracking,
     )

@@ -58,7 +58,10 @@ MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXPERT_BANK = re.compile(r"^(?P<bank>.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 
 # Names vLLM's loaders map, by architecture (stacked_params_mapping and make_expert_params_mapping in its models).
-_STORED = r"(weight|weight_packed|weight_scale|weight_shape)"
+_STORED = (
+    r"(weight|weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|weight_scale_inv|input_scale"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))"
+)
 _LLAMA_MLP = r"mlp\.(gate_proj|up_proj|down_proj)\.(bias|" + _STORED + ")"
 _LAYER = r"model\.layers\.\d+\."
 _COMMON = (
@@ -125,6 +128,11 @@ def check_layout(skeleton: PreTrainedModel) -> None:
             raise ConfigError(f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}")
 
 
+def has_experts(skeleton: PreTrainedModel) -> bool:
+    """Whether any layer chooses among experts."""
+    return any(EXPERT_BANK.match(name) for name, _ in skeleton.named_modules())
+
+
 def kept_because(name: str, config: PretrainedConfig) -> str | None:
     """Why a linear layer stays bf16 by default; None when it is quantised."""
     llama4 = architecture(config) in LLAMA4
@@ -146,6 +154,19 @@ def split_groups(quantised: set[str], kept: set[str]) -> list[str]:
         for group, states in sorted(members.items())
         if len(states) == 2
     ]
+
+
+def weight_tie(name: str) -> str:
+    """What layers that servers merge have in common; those with the same answer share a scale of their weights."""
+    parent, _, leaf = name.rpartition(".")
+    merged = next((leaves for leaves in MERGED if leaf in leaves), (leaf,))
+    return f"{parent}.{'+'.join(merged)}"
+
+
+def input_tie(name: str) -> str:
+    """The same for the scale of their inputs, which servers hold once for all experts of a layer."""
+    bank = EXPERT_BANK.match(name)
+    return weight_tie(f"{bank['bank']}.{name.rpartition('.')[2]}" if bank else name)
 
 
 def _merged_with(name: str) -> list[str]:

@@ -16,39 +16,35 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.run.files import sha256
-from quant.architectures import VLLM_NAMES, architecture, build_skeleton, kept_because, split_groups
-from quant.int4 import GROUP_SIZES
+from quant.architectures import (
+    VLLM_NAMES,
+    architecture,
+    build_skeleton,
+    has_experts,
+    kept_because,
+    split_groups,
+)
+from quant.formats.format import Header
 from quant.loading import load_with_info
 from quant.plans import tied_names
 from quant.probes import Probe, digest_weights, take_probe
+from quant.readers import readers
 from quant.reports import Check
-from quant.schemes import Header, Scheme
+from quant.schemes import Scheme
+from quant.sections import read_section
 from quant.shards import StoredTensors, tensor_bytes
 
 SAMPLE_TOKENS = 16
+# A module with one of these is stored quantised.
+SCALES = (".weight_scale", ".weight_scale_inv", ".weight.absmax")
 
 
 def check_configuration(config: PretrainedConfig) -> tuple[Check, Scheme | None, list[str]]:
     """The quantization_config is exactly what a known scheme writes. Also returns that scheme and the ignore list."""
-    section = config.to_dict().get("quantization_config") or {}
-    ignored = section.get("ignore") or []
-    scheme = _scheme_of(section)
+    scheme, ignored, fault = read_section(config.to_dict().get("quantization_config") or {})
     if scheme is None:
-        return Check("configuration", False, "quantization_config describes no scheme of this package"), None, []
-    wanted = scheme.section(ignored)
-    differing = sorted(key for key in wanted if wanted[key] != section.get(key))
-    if differing:
-        detail = f"quantization_config.{differing[0]} is not what {scheme.label} writes"
-        return Check("configuration", False, detail), None, []
+        return Check("configuration", False, fault), None, []
     return Check("configuration", True, f"{scheme.label}, {len(ignored)} layers ignored"), scheme, ignored
-
-
-def _scheme_of(section: dict[str, Any]) -> Scheme | None:
-    weights = section.get("config_groups", {}).get("group_0", {}).get("weights") or {}
-    for scheme in (Scheme.named("fp8"), *(Scheme.named("int4", size) for size in GROUP_SIZES)):
-        if (section.get("format"), weights.get("group_size")) == (scheme.format, scheme.group_size):
-            return scheme
-    return None
 
 
 def check_tensors(
@@ -74,6 +70,7 @@ def check_tensors(
     weights = sum(map(prod, quantised.values()))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     facts |= {"quantised_layers": len(quantised), "quantised_weights": weights, "quantised_share": weights / total}
+    facts["readers"] = readers(scheme.name, scheme.container, moe=has_experts(skeleton))
     if faults:
         return Check("tensors", False, _few(faults))
     share = f"{len(quantised)} layers, {weights / total:.1%} of all weights, quantised"
@@ -85,7 +82,7 @@ def _compare_headers(
 ) -> list[str]:
     faults = []
     for name in sorted(headers.keys() | expected.keys()):
-        module = name.rpartition(".")[0]
+        module = owner(name)
         wanted, found = expected.get(name), headers.get(name)
         if wanted == found:
             continue
@@ -104,12 +101,17 @@ def _compare_headers(
 
 def check_merged(config: PretrainedConfig, ignored: list[str], headers: dict[str, Header]) -> Check:
     """Layers a server merges are of one scheme, and those that must stay unquantised do."""
-    stored = {name.rpartition(".")[0] for name in headers if name.endswith(".weight_scale")}
+    stored = {owner(name) for name in headers if name.endswith(SCALES)}
     faults = split_groups(stored, set(ignored))
     faults += [
         f"{name} is quantised, but {reason}" for name in sorted(stored) if (reason := kept_because(name, config))
     ]
     return Check("servable", not faults, _few(faults) if faults else "merged layers are of one scheme")
+
+
+def owner(name: str) -> str:
+    """The module a stored tensor belongs to: `a.q_proj` for `a.q_proj.weight.absmax`."""
+    return re.sub(r"(\.weight)?\.[^.]+$", "", re.sub(r"\.quant_state\..*$", ".quant_state", name))
 
 
 def check_names(config: PretrainedConfig, headers: dict[str, Header]) -> Check:

@@ -24,7 +24,9 @@ from quant.gate_process import GateProcess
 from quant.plans import Plan
 from quant.probes import take_probe
 from quant.quantized import QuantizedModel
+from quant.readers import limit
 from quant.reports import Report
+from quant.sections import section
 from quant.shards import SHARD_BYTES, StoredTensors, write_shards
 from quant.target import check_target
 
@@ -105,7 +107,7 @@ def _write_configs(quantized: QuantizedModel, folder: Path) -> None:
     plan = quantized.plan
     content = _public(plan.config.to_dict()) | {
         "dtype": "bfloat16",
-        "quantization_config": plan.scheme.section(list(plan.ignored)),
+        "quantization_config": section(plan.scheme, list(plan.ignored)),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     generation = _public(quantized.generation)
@@ -127,7 +129,7 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     for layer, reason in plan.ignored.items():
         reasons.setdefault(reason, []).append(layer)
     kept = "\n".join(f"- `{family(layers)}`: {reason}." for reason, layers in reasons.items())
-    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{_LIMITS[plan.scheme.name]}"
+    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{_LIMITS[plan.scheme.name]}{unreadable(plan)}"
     sizes = {
         "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
         "bits per weight, everything counted": round(plan.bits_per_weight, 4),
@@ -139,13 +141,33 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     return known | dict(facts) | {"metrics": sizes | dict(facts.get("metrics") or {})}
 
 
+_NEAREST = "Weights are rounded to nearest with a searched scale per group; no calibration data was used. "
+_NEGATIVE = "Scales may be negative, which the format allows: a value is code times scale."
+_TOKENS = (
+    "Activations are rounded per token at run time. transformers with compressed-tensors 0.20 rounds a matrix of "
+    "tokens, as in MoE layers, with one scale for all of them; `quant.load` gives every token its own, as servers do."
+)
 _LIMITS = {
-    "int4": "Weights are rounded to nearest with a searched scale per group; no calibration data was used. Scales may "
-    "be negative, which the format allows: a value is code times scale.",
-    "fp8": "Activations are rounded per token at run time. transformers with compressed-tensors 0.20 rounds a matrix "
-    "of tokens, as in MoE layers, with one scale for all of them; `quant.load` gives every token its own, as servers "
-    "do.",
+    "int4": _NEAREST + _NEGATIVE,
+    "int4-asym": _NEAREST + "transformers 5.23 with compressed-tensors 0.20 opens it with "
+    "`quantization_config=CompressedTensorsConfig(dequantize=True)` only, as `quant.load` does.",
+    "int8": _TOKENS,
+    "int8-weights": _NEAREST,
+    "fp8": _TOKENS,
+    "fp8-static": "Activations are rounded with one calibrated scale a layer: inputs beyond what calibration saw clip.",
+    "fp8-block": "Activations are rounded at run time, with one scale for each token and 128 channels.",
+    "mxfp4": _NEAREST,
+    "nvfp4": _NEAREST + "Layers that servers merge share their global scale, a power of two.",
+    "nf4": "Every block of 64 weights is divided by its largest and rounded to the nearest of 16 normal quantiles.",
+    "nf4-double": "As nf4, with the blocks' scales quantised to 8 bits.",
 }
+
+
+def unreadable(plan: Plan) -> str:
+    """A sentence for every well-known reader that cannot take this export."""
+    scheme, moe = plan.scheme, plan.has_experts
+    reasons = {reader: limit(scheme.name, scheme.container, reader, moe=moe) for reader in ("transformers", "vllm")}
+    return "".join(f"\n\nNot for {reader}: {reason}." for reader, reason in reasons.items() if reason)
 
 
 def family(layers: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Opens an exported folder as a transformers model that is ready to run.
 
-    model = load("exports/scout-int4")          # weights unpacked to bf16, fp8 activations rounded per token
+    model = load("exports/scout-int4")          # weights unpacked to bf16, activations rounded as the scheme says
     model.generate(...)
 
 T tokens, H hidden size, E experts.
@@ -9,18 +9,21 @@ T tokens, H hidden size, E experts.
 import contextlib
 import io
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
 from herd.run.errors import DataError
 from quant.architectures import model_class
+from quant.formats.fp8_block import fake_quantise_groups
 from quant.sources import first_line, read_config
 
 
@@ -38,21 +41,54 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as transformers' own loader reads it, and that loader's report (missing_keys, unexpected_keys, ...).
 
     Only two things are added to what `from_pretrained` gives: the weights are unpacked now instead of at the first
-    forward, and `keep_tokens_apart`.
+    forward, and activations are rounded where the libraries do not do it on a CPU (`keep_tokens_apart`,
+    `round_inputs`).
     """
     config = read_config(folder)
-    if not config.to_dict().get("quantization_config"):
+    section = config.to_dict().get("quantization_config")
+    if not section:
         raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
     try:
-        # The libraries draw progress bars on stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
+        # The libraries draw progress bars on stderr, and warn that `dequantize` is followed.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             model, info = model_class(config).from_pretrained(
-                folder, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, trust_remote_code=False
+                folder,
+                dtype=torch.bfloat16,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **_settings(section),
             )
-            model.hf_quantizer.compressor.decompress_model(model)
+            _unpack(model, section)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    return keep_tokens_apart(model).eval().requires_grad_(False), info
+    return model.eval().requires_grad_(False), info
+
+
+def _settings(section: dict[str, Any]) -> dict[str, Any]:
+    # compressed-tensors (0.20) expects packed zeros in another shape than it writes, unless it unpacks while loading.
+    asymmetric = any(not group["weights"]["symmetric"] for group in section.get("config_groups", {}).values())
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+
+
+def _unpack(model: PreTrainedModel, section: dict[str, Any]) -> None:
+    """Turn the layers into plain bf16 ones, by the library of the container."""
+    if section["quant_method"] == "compressed-tensors":
+        if hasattr(model, "hf_quantizer"):  # else they were unpacked while they were loaded
+            model.hf_quantizer.compressor.decompress_model(model)
+        keep_tokens_apart(model)
+    elif section["quant_method"] == "bitsandbytes":
+        model.dequantize(dtype=torch.bfloat16)
+    else:  # fine-grained fp8 is unpacked while it loads; on a GPU its activations are rounded
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name not in section["modules_to_not_convert"]:
+                round_inputs(module, fake_quantise_groups)
+
+
+def round_inputs(module: nn.Module, rounding: Callable[[Tensor], Tensor] | None) -> None:
+    """Apply a rounding to what enters a module, in place; None leaves it as it is."""
+    if rounding is not None:
+        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
 
 
 def keep_tokens_apart(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 plan = make_plan(source, Scheme.named("int4"), ignore=["*.mlp.down_proj"])
 plan.headers()                     # name -> (dtype, shape) of every tensor of the export, in writing order
+plan.parts["...up_proj.weight_scale"]     # (layer, "weight_scale")
 plan.read_layer(source, layer)     # the finite [N, K] weight of one layer
 """
 
@@ -9,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 import torch
@@ -22,13 +24,18 @@ from quant.architectures import (
     architecture,
     build_skeleton,
     check_layout,
+    has_experts,
     kept_because,
     split_groups,
 )
-from quant.schemes import Header, Scheme
+from quant.formats.format import Header
+from quant.readers import GGUF, check_reader
+from quant.schemes import Scheme
 from quant.sources import Source
 
 USER = "asked for with --ignore"
+# Stored with every layer, whatever its size: neither codes nor scales.
+OVERHEAD = {"weight_shape", "weight.quant_map", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,20 @@ class Plan:
                 headers[name] = self.kept[name]
         return headers
 
+    @cached_property
+    def parts(self) -> dict[str, tuple[Layer, str]]:
+        """The layer and the suffix of every stored tensor of a quantised layer."""
+        return {
+            f"{layer.name}.{suffix}": (layer, suffix)
+            for layer in self.layers
+            for suffix in self.scheme.stored(layer.shape)
+        }
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer chooses among experts."""
+        return any(EXPERT_BANK.match(name) for name in (*self.ignored, *(layer.name for layer in self.layers)))
+
     @property
     def bytes_after(self) -> int:
         """Bytes of all tensors of the export."""
@@ -81,9 +102,10 @@ class Plan:
 
     @property
     def bits_per_quantised_weight(self) -> float:
-        """Codes and scales (not the few bytes that repeat the shape) per weight that is quantised."""
-        stored = [header for layer in self.layers for header in self.scheme.stored(layer.shape).values()]
-        return 8 * sum(header_bytes(h) for h in stored if h[0] != torch.int64) / self.quantised_weights
+        """Codes and scales (not the few bytes that repeat shapes and tables) per weight that is quantised."""
+        stored = [self.scheme.stored(layer.shape) for layer in self.layers]
+        counted = [header for part in stored for suffix, header in part.items() if suffix not in OVERHEAD]
+        return 8 * sum(map(header_bytes, counted)) / self.quantised_weights
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,6 +145,8 @@ def make_plan(source: Source, scheme: Scheme, *, ignore: Sequence[str] = ()) -> 
         raise ConfigError(f"ignore = {list(ignore)} splits layers that servers merge ({split[0]}); ignore all of them")
     for layer in layers:
         scheme.check(layer.name, layer.shape)
+    if scheme.container != GGUF:  # the gate reloads it with transformers
+        check_reader(scheme.name, scheme.container, "transformers", moe=has_experts(skeleton))
     kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
     before = sum(header_bytes(source.headers[name]) for name in {layer.source for layer in layers} | set(kept))
     return Plan(scheme, source.config, layers, kept, ignored, before, order)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from quant import fp8
 from quant.architectures import model_class, split_experts
+from quant.loading import round_inputs
 from quant.plans import Layer, Plan, make_plan, tied_names
+from quant.ranges import RangeBook
 from quant.schemes import Scheme
 from quant.sources import FolderSource, Source, open_source
 
@@ -44,19 +45,19 @@ class QuantizedModel:
 class FolderTensors(Mapping[str, Tensor]):
     """The tensors of an export made on demand from a source folder, one layer in memory at a time."""
 
-    def __init__(self, plan: Plan, source: FolderSource):
+    def __init__(self, plan: Plan, source: FolderSource, ranges: RangeBook):
         self._plan = plan
         self._source = source
+        self._ranges = ranges
         self._headers = plan.headers()
-        self._layers = {layer.name: layer for layer in plan.layers}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __getitem__(self, name: str) -> Tensor:
-        module, _, suffix = name.rpartition(".")
-        if module not in self._layers or suffix not in self._plan.scheme.stored((0, 0)):
+        if name not in self._plan.parts:
             return self._plan.read_kept(self._source, name)
-        if self._last[0] != module:
-            self._last = (module, compress_layer(self._plan, self._source, self._layers[module]))
+        layer, suffix = self._plan.parts[name]
+        if self._last[0] != layer.name:
+            self._last = (layer.name, compress_layer(self._plan, self._source, self._ranges, layer))
         return self._last[1][suffix]
 
     def __iter__(self) -> Iterator[str]:
@@ -67,56 +68,57 @@ class FolderTensors(Mapping[str, Tensor]):
 
 
 def quantize(
-    model: PreTrainedModel | str | Path, *, scheme: str, group_size: int = 64, ignore: Sequence[str] = ()
+    model: PreTrainedModel | str | Path,
+    *,
+    scheme: str,
+    group_size: int | str = 64,
+    container: str | None = None,
+    ignore: Sequence[str] = (),
+    input_absmax: Mapping[str, float] | None = None,
 ) -> QuantizedModel:
     """Quantise a transformers causal LM, in memory or from a Hugging Face folder; the original is left untouched.
 
-    scheme is `int4` or `fp8`; group_size counts for int4; ignore holds globs (or `re:` expressions) over layer names.
+    scheme, group_size and container as in `quant.readers`; ignore holds globs (or `re:` expressions) over layer names;
+    input_absmax, which fp8-static alone needs, the largest input each layer met in calibration (`quant.ranges`).
     ConfigError for a scheme that does not fit a layer, DataError for a quantised or broken source, NumericalError for
     NaN or Inf, each naming the tensor.
     """
     source = open_source(model)
-    plan = make_plan(source, Scheme.named(scheme, group_size), ignore=ignore)
+    plan = make_plan(source, Scheme.named(scheme, group_size, container), ignore=ignore)
+    ranges = RangeBook(plan, source, input_absmax)
     if isinstance(source, FolderSource):
-        return QuantizedModel(plan, FolderTensors(plan, source), source.generation, Path(model))
-    return QuantizedModel(plan, dict(compress(plan, source)), source.generation)
+        return QuantizedModel(plan, FolderTensors(plan, source, ranges), source.generation, Path(model))
+    return QuantizedModel(plan, dict(compress(plan, source, ranges)), source.generation)
 
 
-def compress(plan: Plan, source: Source) -> Iterator[tuple[str, Tensor]]:
+def compress(plan: Plan, source: Source, ranges: RangeBook) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the export, in writing order."""
     layers = {layer.name: layer for layer in plan.layers}
     for name in plan.order:
         if name in layers:
-            tensors = compress_layer(plan, source, layers[name])
+            tensors = compress_layer(plan, source, ranges, layers[name])
             yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in tensors.items())
         else:
             yield name, plan.read_kept(source, name)
 
 
-def compress_layer(plan: Plan, source: Source, layer: Layer) -> dict[str, Tensor]:
+def compress_layer(plan: Plan, source: Source, ranges: RangeBook, layer: Layer) -> dict[str, Tensor]:
     """The stored tensors of one layer, by suffix."""
-    return plan.scheme.compress(plan.read_layer(source, layer))
+    return plan.scheme.compress(plan.read_layer(source, layer), ranges.of(layer))
 
 
 def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A bf16 model that holds the values of the stored tensors; fp8 layers round their input per token."""
+    """A bf16 model that holds the values of the stored tensors; layers round their input as the format says."""
     with no_init_weights():
         model = model_class(plan.config)._from_config(plan.config, dtype=torch.bfloat16)
     with torch.device("meta"):
         split_experts(model)
     state = {name: tensors[name] for name in plan.kept}
-    suffixes = plan.scheme.stored((0, 0))
     for layer in plan.layers:
-        stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in suffixes}
+        stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in plan.scheme.stored(layer.shape)}
         state[f"{layer.name}.weight"] = plan.scheme.decompress(stored)
+        round_inputs(model.get_submodule(layer.name), plan.scheme.format.input_rounding(stored))
     missing, unexpected = model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_names(model), (missing, unexpected)
-    if plan.scheme.name == "fp8":
-        for layer in plan.layers:
-            model.get_submodule(layer.name).register_forward_pre_hook(_round_input)
     return model.eval().requires_grad_(False)
-
-
-def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (fp8.fake_quantise_tokens(inputs[0]), *inputs[1:])

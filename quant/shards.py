@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from quant.schemes import Header
+from quant.formats.format import Header
 from quant.sources import INDEX, SINGLE, open_safetensors, shard_paths
 
 SHARD_BYTES = 5 * 10**9
@@ -25,6 +25,8 @@ _NAMES = {
     torch.float32: "F32",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 

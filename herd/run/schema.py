@@ -124,10 +124,15 @@ class Teacher(Section):
 
 
 class Quantize(Section):
-    scheme: Literal["int4", "fp8"]
-    """int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic per-token activations."""
-    group_size: Literal[32, 64, 128] = 64
-    """Weights that share a scale (int4)."""
+    scheme: Literal[
+        "int4", "int4-asym", "int8", "int8-weights", "fp8", "fp8-block", "mxfp4", "nvfp4", "nf4", "nf4-double"
+    ]
+    """Number format (docs/quantisation.md). int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic
+    per-token activations."""
+    group_size: Literal[32, 64, 128, "channel"] = 64
+    """Weights that share a scale (int4, int4-asym, int8-weights)."""
+    container: Literal["compressed-tensors", "bitsandbytes", "fine-grained-fp8", "gguf"] | None = None
+    """What the tensors go into; by default the scheme's usual one."""
 
 
 def _scheme_alone(value: Any) -> Any:
@@ -136,7 +141,7 @@ def _scheme_alone(value: Any) -> Any:
 
 class Student(Model):
     quantize: list[Annotated[Quantize, BeforeValidator(_scheme_alone)]] = []
-    """Compressed exports made of this student after training: `int4`, `fp8`, or a mapping."""
+    """Compressed exports made of this student after training: `int4`, `fp8`, ..., or a mapping."""
 
 
 class Loss(Section):

@@ -94,15 +94,14 @@ def test_ignoring_everything_is_refused(models):
 
 
 def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allowed():
-    with pytest.raises(
-        ConfigError, match=r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32"
-    ):
+    message = r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32 or channel"
+    with pytest.raises(ConfigError, match=message):
         plan_of(build_llama(), group_size=64)
     with pytest.raises(ConfigError, match=r"--ignore 'model\.layers\.0\.mlp\.down_proj' or use fp8"):
-        plan_of(build_llama(intermediate_size=72))
+        plan_of(build_llama(intermediate_size=76))
 
 
-@pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, fp8")])
+@pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, int4-asym, int8")])
 def test_unknown_schemes_and_group_sizes_are_refused(models, scheme, size, message):
     with pytest.raises(ConfigError, match=message):
         quant.quantize(models["llama"], scheme=scheme, group_size=size)

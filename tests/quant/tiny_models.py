@@ -3,28 +3,33 @@
 model = BUILDERS["scout"]()
 """
 
+from typing import Any
+
 import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
-def build_llama4(*, moe_every: int) -> Llama4ForCausalLM:
+def build_llama4(*, moe_every: int, **changes: Any) -> Llama4ForCausalLM:
     """Scout-like (every layer MoE) or Maverick-like (every second layer), 4 experts, 4 layers, bf16."""
     torch.manual_seed(moe_every)
-    config = Llama4TextConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, intermediate_size_mlp=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=1,
-        interleave_moe_layer_step=moe_every, max_position_embeddings=256, attention_chunk_size=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": moe_every,
+        "max_position_embeddings": 256, "attention_chunk_size": 128,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = Llama4TextConfig(**settings | changes)
     return _randomised(Llama4ForCausalLM(config))
 
 
-def build_llama(*, hidden_size: int = 64, intermediate_size: int = 96, tied: bool = False) -> LlamaForCausalLM:
+def build_llama(*, tied: bool = False, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    config = LlamaConfig(**settings | changes)
     return _randomised(LlamaForCausalLM(config))
 
 
@@ -40,4 +45,13 @@ BUILDERS = {
     "scout": lambda: build_llama4(moe_every=1),
     "maverick": lambda: build_llama4(moe_every=2),
     "llama": build_llama,
+}
+
+
+# Wide enough for every block and group there is.
+WIDE_BUILDERS = {
+    "wide-llama": lambda: build_llama(hidden_size=128, intermediate_size=256, num_key_value_heads=4),
+    "wide-scout": lambda: build_llama4(
+        moe_every=1, hidden_size=128, intermediate_size=128, head_dim=32, num_hidden_layers=2, num_local_experts=2
+    ),
 }

@@ -171,7 +171,7 @@ def test_an_unknown_key_names_the_nearest_one_of_the_whole_tree(key: str, hint: 
         ("batch=8", "batch = 8: must be a mapping of fields; leave the key out for the defaults"),
         ("students={}", "students = {}: must be at least 1 entry"),
         ("students.tiny.lr=1", "students.tiny.source: missing; give a value (A spec (`scout-nano`)"),
-        ("students.scout.quantize=[int5]", "students.scout.quantize.0.scheme = int5: must be 'int4' or 'fp8'"),
+        ("students.scout.quantize=[int5]", "students.scout.quantize.0.scheme = int5: must be 'int4', 'int4-asym'"),
         ("students.teacher.source=x", "students.teacher: this name is the teacher's; choose another"),
         ("loss.weighting={peak: 1}", "loss.weighting.kind is missing: must be one of constant, schedule, lead"),
         ("loss.weighting.kind=magic", "loss.weighting.kind = magic: must be one of constant, schedule, lead"),
@@ -368,7 +368,7 @@ def test_a_diff_shows_every_change_and_a_resume_refuses_only_what_is_computed_ot
     )
     changes = config.diff(old, new)
     assert "optim.lr: 0.002 -> 0.001" in changes
-    assert "students.scout.quantize: [] -> [{scheme: int4, group_size: 64}]" in changes
+    assert "students.scout.quantize: [] -> [{scheme: int4, group_size: 64, container: null}]" in changes
     assert len(changes) == 7  # the overrides mapping goes away and its entry comes
     blocking = config.blocking_changes(old, new)
     assert blocking == [line for line in changes if line.startswith(("optim.lr", "students.scout.overrides"))]

@@ -7,7 +7,8 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant import fp8
+from quant.formats import fp8
+from quant.formats.format import Ranges
 
 TOKEN = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
 # Every finite E4M3 value: sign, 4 bits of exponent with bias 7, 3 of mantissa; 0x7F and 0xFF are NaN.
@@ -23,6 +24,10 @@ GRID = torch.tensor(
 ).unique()
 
 
+def quantise(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(fp8.Fp8().compress(weight_NK, Ranges()).values())
+
+
 def random_weight(seed: int, spread: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -34,7 +39,7 @@ def random_weight(seed: int, spread: float) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 def test_codes_are_torchs_own_cast_of_the_scaled_weight(seed: int, spread: float):
     weight_NK = random_weight(seed, spread)
-    codes_NK, scale_N1 = fp8.quantise(weight_NK)
+    codes_NK, scale_N1 = quantise(weight_NK)
     largest = (weight_NK.float() / scale_N1.float()).clamp(-448, 448)
     assert torch.equal(codes_NK.view(torch.uint8), largest.to(torch.float8_e4m3fn).view(torch.uint8))
 
@@ -43,7 +48,7 @@ def test_codes_are_torchs_own_cast_of_the_scaled_weight(seed: int, spread: float
 @settings(max_examples=40, deadline=None)
 def test_every_code_is_the_nearest_e4m3_value(seed: int, spread: float):
     weight_NK = random_weight(seed, spread)
-    codes_NK, scale_N1 = fp8.quantise(weight_NK)
+    codes_NK, scale_N1 = quantise(weight_NK)
     exact_NK = weight_NK.double() / scale_N1.double()
     nearest_NK = (exact_NK[..., None] - GRID).abs().amin(-1)
     # fp32 division may move a value across a tie: half a step, up to one part in 2^23
@@ -52,13 +57,15 @@ def test_every_code_is_the_nearest_e4m3_value(seed: int, spread: float):
 
 def test_the_scale_is_absmax_over_448_rounded_to_bf16():
     weight_NK = random_weight(1, 1.0)
-    _, scale_N1 = fp8.quantise(weight_NK)
+    _, scale_N1 = quantise(weight_NK)
     assert torch.equal(scale_N1, (weight_NK.double().abs().amax(-1, keepdim=True) / 448).float().bfloat16())
 
 
 def test_a_channel_of_zeros_stays_zero():
-    codes_NK, scale_N1 = fp8.quantise(torch.zeros(2, 32, dtype=torch.bfloat16))
-    assert torch.equal(fp8.dequantise(codes_NK, scale_N1), torch.zeros(2, 32, dtype=torch.bfloat16))
+    codes_NK, scale_N1 = quantise(torch.zeros(2, 32, dtype=torch.bfloat16))
+    assert torch.equal(
+        fp8.Fp8().decompress({"weight": codes_NK, "weight_scale": scale_N1}), torch.zeros(2, 32, dtype=torch.bfloat16)
+    )
 
 
 @given(seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.bfloat16, torch.float32]))

@@ -1,0 +1,21 @@
+"""Whether the exports a configuration asks for can be made, before anything is trained. No torch.
+
+check_exports(config)             # ConfigError naming the student
+"""
+
+from herd.run.errors import ConfigError
+from herd.run.schema import Config
+from quant.readers import SCHEMES, check_reader, check_scheme
+
+
+def check_exports(config: Config) -> None:
+    """Raise ConfigError for a scheme that its container, or transformers, which reloads it, cannot hold."""
+    for name, student in config.students.items():
+        for settings in student.quantize:
+            container = settings.container or SCHEMES[settings.scheme].containers[0]
+            try:
+                check_scheme(settings.scheme, settings.group_size, container)
+                if container != "gguf":
+                    check_reader(settings.scheme, container, "transformers", moe=True)
+            except ConfigError as error:
+                raise ConfigError(f"students.{name}.quantize: {error}") from None

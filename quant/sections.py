@@ -1,0 +1,107 @@
+"""The `quantization_config` of config.json: written for a scheme, and read back.
+
+content = section(scheme, ignored)                   # ignored: every linear layer left alone, by exact name
+scheme, ignored, fault = read_section(content)       # the scheme that writes exactly this, or what differs
+"""
+
+import json
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config
+
+from quant.readers import BITSANDBYTES, COMPRESSED, FINE_GRAINED, GGUF, GROUP_SIZES, SCHEMES
+from quant.schemes import Scheme
+
+_PRESETS = {
+    "int8": ("W8A8", "int-quantized"),
+    "fp8": ("FP8_DYNAMIC", "float-quantized"),
+    "fp8-static": ("FP8", "float-quantized"),
+    "fp8-block": ("FP8_BLOCK", "float-quantized"),
+    "mxfp4": ("MXFP4A16", "mxfp4-pack-quantized"),
+    "nvfp4": ("NVFP4A16", "nvfp4-pack-quantized"),
+}
+
+
+def section(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
+    """What config.json says about a model quantised with a scheme (not GGUF, which has no config.json)."""
+    if scheme.container == BITSANDBYTES:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=scheme.name == "nf4-double",
+            llm_int8_skip_modules=ignored,
+        )
+        return _plain(config.to_dict())
+    if scheme.container == FINE_GRAINED:
+        return _plain(FineGrainedFP8Config(modules_to_not_convert=ignored).to_dict())
+    return _compressed_tensors(scheme, ignored)
+
+
+def format_name(scheme: Scheme) -> str:
+    """What the container calls the format."""
+    if scheme.container == GGUF:
+        return scheme.format.kind
+    if scheme.container != COMPRESSED:
+        return scheme.container
+    return _PRESETS[scheme.name][1] if scheme.name in _PRESETS else "pack-quantized"
+
+
+def _compressed_tensors(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
+    name = format_name(scheme)
+    if scheme.name in _PRESETS:
+        group = preset_name_to_scheme(_PRESETS[scheme.name][0], ["Linear"])
+        group.format = name
+    else:
+        grid = scheme.grid
+        strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group"}
+        size = {} if grid.group_size is None else {"group_size": grid.group_size}
+        weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy, **size)
+        group = QuantizationScheme(targets=["Linear"], weights=weights, format=name)
+    config = QuantizationConfig(
+        config_groups={"group_0": group}, format=name, quantization_status="compressed", ignore=ignored
+    )
+    return config.model_dump(mode="json", exclude={"moe_sparsity_config"})
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """As JSON holds it: no enumerations or tuples, and without what the class keeps for itself."""
+    return json.loads(json.dumps({key: value for key, value in content.items() if not key.startswith("_")}))
+
+
+def read_section(content: dict[str, Any]) -> tuple[Scheme | None, list[str], str]:
+    """The scheme and ignore list a `quantization_config` was written for; else None and what is wrong."""
+    container = {"compressed-tensors": COMPRESSED, "bitsandbytes": BITSANDBYTES, "fp8": FINE_GRAINED}.get(
+        content.get("quant_method")
+    )
+    if container is None:
+        return None, [], "quantization_config describes no scheme of this package"
+    key = {COMPRESSED: "ignore", BITSANDBYTES: "llm_int8_skip_modules", FINE_GRAINED: "modules_to_not_convert"}
+    ignored = content.get(key[container]) or []
+    differing = {scheme: _differing(section(scheme, ignored), content) for scheme in _schemes(container)}
+    nearest = min(differing, key=lambda scheme: len(differing[scheme]))
+    if not differing[nearest]:
+        return nearest, ignored, ""
+    if len(differing[nearest]) > 1:
+        return None, [], "quantization_config describes no scheme of this package"
+    return None, [], f"quantization_config.{differing[nearest][0]} is not what {nearest.label} writes"
+
+
+def _differing(wanted: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    return sorted(key for key in wanted if wanted[key] != content.get(key))
+
+
+def _schemes(container: str) -> list[Scheme]:
+    names = [name for name, kind in SCHEMES.items() if container in kind.containers]
+    return [
+        Scheme.named(name, size, container)
+        for name in names
+        for size in (GROUP_SIZES if SCHEMES[name].grouped else (64,))
+    ]
