@@ -1,6 +1,6 @@
 """Llama 4 folders with random weights for benchmarks/decoding.py, written one tensor at a time.
 
-    build(folder, SHAPES["wide"])
+build(folder, SHAPES["wide"])
 """
 
 from collections.abc import Iterator, Mapping

@@ -16,7 +16,9 @@ ROOM = 256  # tokens a new buffer has room for at least
 class GrowingLayer(DynamicLayer):
     """transformers' layer of unlimited length over a buffer with room to spare."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append [B, N, T, D] and return all [B, N, L + T, D]."""
         if not self.is_initialized:
             _start(self, key_states, value_states)
@@ -25,9 +27,11 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingWindowLayer(DynamicSlidingWindowLayer):
-    """The same for chunked attention: it keeps a window of tokens, and returns the new ones with what it kept before."""
+    """The same for chunked attention: it keeps a window of tokens and returns the new ones after what it kept."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append [B, N, T, D] and return as many of the last tokens as transformers' layer does."""
         if not self.is_initialized:
             _start(self, key_states, value_states)

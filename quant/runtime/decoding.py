@@ -27,6 +27,9 @@ from quant.runtime.feed_forward import RoutedMoe
 from quant.runtime.linears import multiply
 
 
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
 class LeanTextModel(Llama4TextModel):
     """Llama4TextModel whose single-token steps are lean; made by `use_lean_steps`."""
 
@@ -43,21 +46,12 @@ class LeanTextModel(Llama4TextModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = growing_cache(self.config)
-        if use_cache and input_ids is not None and self._is_step(input_ids, attention_mask, position_ids, past_key_values):
-            if not any(kwargs.get(name, getattr(self.config, name, False)) for name in RECORDED):
-                return self.step(input_ids, past_key_values)
+        recorded = any(kwargs.get(name, getattr(self.config, name, False)) for name in RECORDED)
+        if use_cache and not recorded and is_step(input_ids, attention_mask, position_ids, past_key_values):
+            return self.step(input_ids, past_key_values)
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
-
-    @staticmethod
-    def _is_step(input_ids: Tensor, mask: Tensor | dict | None, positions: Tensor | None, cache: Cache) -> bool:
-        """One new token a row, nothing padded, a cache that holds all tokens before."""
-        if input_ids.shape[1] != 1 or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            return False
-        position = cache.get_seq_length()
-        whole = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
-        return position > 0 and whole and (positions is None or bool((positions == position).all()))
 
     def step(self, input_B1: Tensor, cache: Cache) -> MoeModelOutputWithPast:
         """The last hidden state [B, 1, H] after one token more; the cache takes it up."""
@@ -68,9 +62,6 @@ class LeanTextModel(Llama4TextModel):
             hidden_BH = block.step(hidden_BH, layer, turn_V, position)
         hidden_BH = normalise(hidden_BH, self.norm)
         return MoeModelOutputWithPast(last_hidden_state=hidden_BH[:, None], past_key_values=cache)
-
-
-RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class Block:
@@ -118,6 +109,15 @@ class Block:
             return multiply(hidden_BH, self.qkv_weight)
         attention = self.attention
         return torch.cat([proj(hidden_BH) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)], 1)
+
+
+def is_step(input_ids: Tensor | None, mask: Tensor | dict | None, positions: Tensor | None, cache: Cache) -> bool:
+    """One new token a row, nothing padded, and a cache that holds all tokens before."""
+    if input_ids is None or input_ids.shape[1] != 1 or not all(isinstance(part, DynamicLayer) for part in cache.layers):
+        return False
+    position = cache.get_seq_length()
+    whole = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+    return position > 0 and whole and (positions is None or bool((positions == position).all()))
 
 
 def use_lean_steps(model: Llama4TextModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from herd.run.errors import DataError
-from quant import fp8
+from quant.formats.fp8 import fake_quantise_tokens
 from quant.runtime.linears import TILE_ELEMENTS, Linear, multiply
 
 # E4M3 moved four bits to the left is a bf16 with 2^-120 of the value: 7 is its exponent's bias, 127 that of bf16.
@@ -34,13 +34,15 @@ class Fp8(Linear):
     @classmethod
     def pack(cls, parts: Sequence[dict[str, Tensor]], *, rounds_inputs: bool) -> "Fp8":
         """The layer of stored parts of one K: `weight` E4M3 [N, K], `weight_scale` [N, 1] or [1]."""
-        scales = [part["weight_scale"].to(torch.bfloat16).reshape(-1, 1).expand(len(part["weight"]), 1) for part in parts]
+        scales = [
+            part["weight_scale"].to(torch.bfloat16).reshape(-1, 1).expand(len(part["weight"]), 1) for part in parts
+        ]
         codes = [part["weight"].view(torch.int8) for part in parts]
         return cls(torch.cat(codes), torch.cat(scales), rounds_inputs=rounds_inputs)
 
     def product(self, input_MK: Tensor) -> Tensor:
         if self.rounds_inputs:
-            input_MK = fp8.fake_quantise_tokens(input_MK)
+            input_MK = fake_quantise_tokens(input_MK)
         output_MN = input_MK.new_empty(len(input_MK), self.out_features)
         step = max(1, TILE_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, step):

@@ -1,8 +1,8 @@
 """Tokens one by one from any causal model, with the seconds of prompt and tokens told apart.
 
-    stream = Stream(model, max_new_tokens=64, temperature=0.8, seed=1)
-    for token in stream.run(prompt_1T): ...
-    stream.prefill_seconds, stream.decode_seconds
+stream = Stream(model, max_new_tokens=64, temperature=0.8, seed=1)
+for token in stream.run(prompt_1T): ...
+stream.prefill_seconds, stream.decode_seconds
 """
 
 import time

@@ -63,7 +63,7 @@ class Int4(Linear):
         )
 
     def through_tiles(self, input_MK: Tensor) -> Tensor:
-        """[M, N]: code x scale rounded once to bf16, as readers of the format do, a tile of output channels at a time."""
+        """[M, N]: code x scale rounded once to bf16, as readers of the format do, some output channels at a time."""
         half = self.block // 2
         output_MB2H = input_MK.new_empty(len(input_MK), self.out_features // self.block, 2, half)
         step = max(1, TILE_ELEMENTS // (self.block * self.in_features))

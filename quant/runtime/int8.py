@@ -46,7 +46,7 @@ class Int8(Linear):
 
 
 def round_tokens(input_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -128..127 [M, K], in the input's dtype, and scales [M, 1]: compressed-tensors' arithmetic, absmax / 127.5."""
+    """Codes -128..127 [M, K], in the input's dtype, and scales [M, 1], as `quant.formats.int8` rounds them."""
     scale_M1 = input_MK.abs().amax(-1, keepdim=True) / 127.5
     scale_M1 = torch.where(scale_M1 == 0, torch.finfo(scale_M1.dtype).eps, scale_M1)
     return (input_MK / scale_M1).round_().clamp_(-128, 127), scale_M1

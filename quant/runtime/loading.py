@@ -14,17 +14,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4TextModel, Llama4TextMoe
 
-from herd.run.errors import DataError
+from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from quant import loading as reference
 from quant.architectures import model_class
-from quant.plans import tied_names
 from quant.runtime.crossovers import Crossovers
 from quant.runtime.decoding import use_lean_steps
 from quant.runtime.feed_forward import Mlp, route
 from quant.runtime.served import serve
 from quant.runtime.stored_layers import StoredLayers, kind_of
 from quant.runtime.tensor_files import TensorFiles
-from quant.sources import read_config
+from quant.sources import first_line, read_config
 
 
 def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
@@ -39,7 +38,7 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     section = config.to_dict().get("quantization_config")
     if not section:
         raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
-    if torch.device(device).type != "cpu":
+    if check_device(device).type != "cpu":
         _say(f"{folder}: on {device} transformers unpacks the weights to bf16; vLLM serves the folder with GPU kernels")
         return reference.load(folder).to(device)
     kind = kind_of(section)
@@ -49,13 +48,29 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     return _serve(folder, config, StoredLayers(TensorFiles(folder), kind, Crossovers(kernel_rows)))
 
 
+def check_device(name: str) -> torch.device:
+    """The device; ConfigError for a name torch does not know, EnvironmentFault for one that this machine lacks."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device = {name!r}: no such kind of device; use cpu, cuda or cuda:N") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as cause:
+        fault = f"device = {name!r}: not usable on this machine ({first_line(cause)}); use cpu"
+        raise EnvironmentFault(fault) from cause
+    return device
+
+
 def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreTrainedModel:
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     _replace_layers(model, layers)
     _renew_buffers(model)
     state = {name: layers.files[name] for name in layers.files if name not in layers.used}
-    state = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    state = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
     _, unexpected = model.load_state_dict(state, assign=True, strict=False)
     if unexpected:
         raise DataError(f"{folder}: tensor {unexpected[0]} belongs to no layer of the model; export it again")

@@ -1,6 +1,6 @@
 """What `quant.load` adds to a transformers model: it stays in bf16 on the CPU it was packed for, with a growing cache.
 
-    serve(model)      # in place: `generate`, calls and evaluation go on as before
+serve(model)      # in place: `generate`, calls and evaluation go on as before
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Which kernel a folder's layers get, and the layers themselves from their stored tensors.
 
-    kind = kind_of(quantization_config)                  # None: no kernel of this package runs that scheme
-    layers = StoredLayers(files, kind, crossovers)
-    layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer, fused by rows
+kind = kind_of(quantization_config)                  # None: no kernel of this package runs that scheme
+layers = StoredLayers(files, kind, crossovers)
+layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer, fused by rows
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from herd.run.errors import DataError
+from quant.formats.grid import Grid
+from quant.formats.packed import PackedIntegers
 from quant.runtime.crossovers import Crossovers
 from quant.runtime.fp8 import Fp8
 from quant.runtime.int4 import Int4, find_block
@@ -68,10 +70,12 @@ class StoredLayers:
         return f"{name}.{self.kind.mark}" in self.files
 
     def make(self, names: list[str]) -> Linear:
-        """One layer that computes several over the same input, in the order of the names; DataError if one is missing."""
+        """One layer for several over the same input, in the order of the names; DataError if a tensor is missing."""
         states = {self.quantised(name) for name in names}
         if len(states) == 2:
-            raise DataError(f"{names[0]} and {names[-1]}: one is quantised and the other is not; export the model again")
+            raise DataError(
+                f"{names[0]} and {names[-1]}: one is quantised and the other is not; export the model again"
+            )
         if states == {False}:
             return Plain(torch.cat([self._read(f"{name}.weight").to(torch.bfloat16) for name in names]))
         parts = [{suffix: self._read(f"{name}.{suffix}") for suffix in self.kind.suffixes} for name in names]
@@ -90,14 +94,9 @@ class StoredLayers:
             return Int8.pack(parts)
         if self.kind.name == "fp8":
             return Fp8.pack(parts, rounds_inputs=self.kind.rounds_inputs)
-        return Int4.pack(parts, self._block) or Plain(torch.cat([unpack_int4(part) for part in parts]))
-
-
-def unpack_int4(part: dict[str, Tensor]) -> Tensor:
-    """The bf16 weight [N, K] of stored int4, for shapes that torch's kernel does not hold."""
-    rows, columns = part["weight_shape"].tolist()
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    codes_NK = (part["weight_packed"][..., None] >> shifts).bitwise_and_(15).flatten(1)[:, :columns].sub_(8)
-    scale_NG = part["weight_scale"].to(torch.bfloat16)
-    codes_NGS = codes_NK.to(torch.bfloat16).view(rows, scale_NG.shape[1], -1)
-    return (codes_NGS * scale_NG[..., None]).view(rows, columns)
+        layer = Int4.pack(parts, self._block)
+        if layer is None:
+            groups = parts[0]["weight_shape"][1].item() // parts[0]["weight_scale"].shape[1]
+            unpacked = PackedIntegers(Grid(bits=4, symmetric=True, group_size=groups))
+            return Plain(torch.cat([unpacked.decompress(part) for part in parts]))
+        return layer

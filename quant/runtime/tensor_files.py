@@ -1,7 +1,7 @@
 """The tensors of a model folder, read one at a time with plain reads: nothing stays mapped, memory is what is kept.
 
-    files = TensorFiles("exports/scout-int4")
-    "lm_head.weight" in files;  files.dtype("lm_head.weight");  files.read("lm_head.weight")
+files = TensorFiles("exports/scout-int4")
+"lm_head.weight" in files;  files.dtype("lm_head.weight");  files.read("lm_head.weight")
 """
 
 import json
@@ -40,7 +40,7 @@ class Place:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Name -> tensor, freshly read each time; DataError for a shard that is missing, cut short or of a strange dtype."""
+    """Name -> tensor, read afresh each time; DataError for a shard that is missing, cut short or of a strange dtype."""
 
     def __init__(self, folder: Path):
         self.places: dict[str, Place] = {}
