@@ -26,12 +26,15 @@ from quant.runtime.caches import growing_cache
 from quant.runtime.feed_forward import RoutedMoe
 from quant.runtime.linears import multiply
 
-
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
-class LeanTextModel(Llama4TextModel):
-    """Llama4TextModel whose single-token steps are lean; made by `use_lean_steps`."""
+class Steps:
+    """A text model's forward whose single-token steps are lean, over the model's own weights."""
+
+    def __init__(self, model: Llama4TextModel):
+        self.model = model
+        self.blocks = [Block(layer, model.config) for layer in model.layers]
 
     def forward(
         self,
@@ -43,24 +46,25 @@ class LeanTextModel(Llama4TextModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> tuple | MoeModelOutputWithPast:
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        """As Llama4TextModel's, which takes every call that is no plain step."""
+        model = self.model
+        use_cache = model.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = growing_cache(self.config)
-        recorded = any(kwargs.get(name, getattr(self.config, name, False)) for name in RECORDED)
+            past_key_values = growing_cache(model.config)
+        recorded = any(kwargs.get(name, getattr(model.config, name, False)) for name in RECORDED)
         if use_cache and not recorded and is_step(input_ids, attention_mask, position_ids, past_key_values):
             return self.step(input_ids, past_key_values)
-        return super().forward(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        return type(model).forward(model, *given, use_cache=use_cache, **kwargs)
 
     def step(self, input_B1: Tensor, cache: Cache) -> MoeModelOutputWithPast:
         """The last hidden state [B, 1, H] after one token more; the cache takes it up."""
         position = cache.get_seq_length()
-        hidden_BH = F.embedding(input_B1[:, 0], self.embed_tokens.weight)
-        turn_V = self.rotary_emb(hidden_BH, torch.tensor([[position]]))[0, 0]
+        hidden_BH = F.embedding(input_B1[:, 0], self.model.embed_tokens.weight)
+        turn_V = self.model.rotary_emb(hidden_BH, torch.tensor([[position]]))[0, 0]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             hidden_BH = block.step(hidden_BH, layer, turn_V, position)
-        hidden_BH = normalise(hidden_BH, self.norm)
+        hidden_BH = normalise(hidden_BH, self.model.norm)
         return MoeModelOutputWithPast(last_hidden_state=hidden_BH[:, None], past_key_values=cache)
 
 
@@ -121,9 +125,8 @@ def is_step(input_ids: Tensor | None, mask: Tensor | dict | None, positions: Ten
 
 
 def use_lean_steps(model: Llama4TextModel) -> None:
-    """Give a text model whose weights are in place lean single-token steps, in place."""
-    model.blocks = [Block(layer, model.config) for layer in model.layers]
-    model.__class__ = LeanTextModel
+    """Give a text model whose weights are in place lean single-token steps, in place; its class stays."""
+    model.forward = Steps(model).forward
 
 
 def fuse_rows(projections: list[nn.Module]) -> Tensor | None:
