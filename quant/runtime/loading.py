@@ -71,6 +71,10 @@ def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreT
     state = {
         name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()
     }
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.shape != shapes.get(name, tensor.shape):
+            raise DataError(f"{folder}: tensor {name} is {list(tensor.shape)}, expected {list(shapes[name])}")
     _, unexpected = model.load_state_dict(state, assign=True, strict=False)
     if unexpected:
         raise DataError(f"{folder}: tensor {unexpected[0]} belongs to no layer of the model; export it again")
