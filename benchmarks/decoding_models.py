@@ -1,36 +1,58 @@
-"""Llama 4 folders with random weights for benchmarks/decoding.py, written one tensor at a time.
+"""Llama 4 folders with random weights for benchmarks/decoding.py, written one tensor at a time, and their int4 forms.
 
-build(folder, SHAPES["wide"])
+model = build(folder, "wide");  quantise(folder, folder_int4, group_size=64)
+model.bytes_a_token(64)
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
+import quant
+from quant.sections import section
 from quant.shards import write_shards
 
 SPREAD = 0.02
-VOCABULARY = 4096
+VOCABULARY, LAYERS = 4096, 4
 SHAPES = {
-    # Experts as large as memory allows; and Scout's own proportions at a quarter of its width.
+    # A few large experts; and Scout's own proportions at a quarter of its width.
     "wide": {"hidden_size": 1024, "intermediate_size": 4096, "num_local_experts": 8, "num_attention_heads": 8},
     "scout": {"hidden_size": 1280, "intermediate_size": 2048, "num_local_experts": 16, "num_attention_heads": 10},
 }
+
+
+@dataclass(frozen=True)
+class Model:
+    """How many weights a model has, and how many a token meets."""
+
+    weights: int
+    quantised_a_token: int
+    """In the experts and feed-forward layers, which int4 stores in 4 bits."""
+    plain_a_token: int
+    """In attention, routers, norms and the head, which stay bf16; a row of the embedding is nothing."""
+
+    def bytes_a_token(self, group_size: int | None) -> float:
+        """Bytes of weights read for one token: in bf16, or in torch's int4 layout (a scale and a zero for a group)."""
+        bits = 16 if group_size is None else 4 + 32 / group_size
+        return 2 * self.plain_a_token + bits / 8 * self.quantised_a_token
 
 
 class RandomTensors(Mapping[str, Tensor]):
     """Normal weights (norms are ones), each drawn when it is asked for, from its place in the list of names."""
 
     def __init__(self, model: Llama4ForCausalLM):
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self.headers = {name: (torch.bfloat16, shape) for name, shape in self._shapes.items()}
-        self._numbers = {name: number for number, name in enumerate(self._shapes)}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.headers = {name: (torch.bfloat16, shape) for name, shape in self.shapes.items()}
+        self._numbers = {name: number for number, name in enumerate(self.shapes)}
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
+        shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
         spread = 1.0 if "embed_tokens" in name else SPREAD
@@ -38,27 +60,41 @@ class RandomTensors(Mapping[str, Tensor]):
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, spread, generator=generator)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.shapes)
 
 
-def build(folder: Path, shape: dict[str, int], *, layers: int) -> dict[str, int]:
-    """Write a bf16 folder; returns how many weights it has, and how many a token meets."""
+def build(folder: Path, name: str) -> Model:
+    """Write a bf16 folder, unless it is there, and count its weights."""
+    shape = SHAPES[name]
     config = Llama4TextConfig(
-        **shape, intermediate_size_mlp=4 * shape["hidden_size"], num_hidden_layers=layers, num_key_value_heads=2,
+        **shape, intermediate_size_mlp=4 * shape["hidden_size"], num_hidden_layers=LAYERS, num_key_value_heads=2,
         head_dim=128, num_experts_per_tok=1, interleave_moe_layer_step=1, vocab_size=VOCABULARY,
         max_position_embeddings=8192, attention_chunk_size=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         architectures=["Llama4ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     with torch.device("meta"):
         tensors = RandomTensors(Llama4ForCausalLM(config))
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        write_shards(folder, tensors.headers, tensors, shard_bytes=1 << 30)
+        config.save_pretrained(folder)
+    sizes = {name: prod(shape) for name, shape in tensors.shapes.items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    shared = sum(size for name, size in sizes.items() if ".shared_expert." in name)
+    plain = sum(sizes.values()) - experts - shared - sizes["model.embed_tokens.weight"]
+    return Model(sum(sizes.values()), shared + experts // shape["num_local_experts"], plain)
+
+
+def quantise(source: Path, folder: Path, *, group_size: int) -> None:
+    """Write the int4 form of a folder, unless it is there: the export's bytes, without its gate's second model."""
+    if folder.exists():
+        return
+    quantized = quant.quantize(source, scheme="int4", group_size=group_size)
+    plan = quantized.plan
     folder.mkdir()
-    write_shards(folder, tensors.headers, tensors, shard_bytes=1 << 30)
-    config.save_pretrained(folder)
-    sizes = {name: tensors._shapes[name] for name in tensors}
-    total = sum(torch.Size(size).numel() for size in sizes.values())
-    experts = sum(torch.Size(size).numel() for name, size in sizes.items() if ".experts." in name)
-    embedding = VOCABULARY * shape["hidden_size"]
-    return {"weights": total, "weights_a_token": total - experts + experts // shape["num_local_experts"] - embedding}
+    write_shards(folder, plan.headers(), quantized.tensors)
+    content = plan.config.to_dict() | {"quantization_config": section(plan.scheme, list(plan.ignored))}
+    (folder / "config.json").write_text(json.dumps(content))

@@ -16,7 +16,7 @@ from quant.runtime.linears import TILE_ELEMENTS, Linear, multiply
 KERNEL_GROUPS = (128, 64, 32)  # weights that share a scale in torch's kernel
 ROW_MULTIPLE = 16
 BLOCKS = (64, 32)  # output channels torch's kernel interleaves on a CPU with AVX-512, with AVX2
-CHUNK_ELEMENTS = 1 << 22  # weights widened to int32 at a time while packing
+CHUNK_ELEMENTS = 1 << 20  # weights widened to int32 at a time while packing
 
 
 class Int4(Linear):
