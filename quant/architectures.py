@@ -6,12 +6,14 @@ reason = kept_because("model.layers.0.self_attn.q_proj", config)     # None: it 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
@@ -126,6 +128,25 @@ def check_layout(skeleton: PreTrainedModel) -> None:
         owner = skeleton.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 3 and not isinstance(owner, Llama4TextExperts | nn.Conv1d):
             raise ConfigError(f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}")
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Tensors that are another one under a second name, and so are not stored."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return set(model.all_tied_weights_keys)
+
+
+def assemble(config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A bf16 model with one module an expert, holding the given tensors."""
+    with no_init_weights():
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        split_experts(model)
+    missing, unexpected = model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    assert not unexpected and set(missing) <= tied_names(model), (missing, unexpected)
+    return model
 
 
 def has_experts(skeleton: PreTrainedModel) -> bool:

@@ -23,10 +23,10 @@ from quant.architectures import (
     has_experts,
     kept_because,
     split_groups,
+    tied_names,
 )
 from quant.formats.format import Header
 from quant.loading import load_with_info
-from quant.plans import tied_names
 from quant.probes import Probe, digest_weights, take_probe
 from quant.readers import readers
 from quant.reports import Check
@@ -172,8 +172,8 @@ def digest_stored(folder: Path) -> dict[str, str]:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of the safetensors files and of config.json."""
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    """sha256 of the files with weights and of config.json."""
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
     return {path.name: sha256(path) for path in paths}
 
 

@@ -24,10 +24,11 @@ from quant.gate_process import GateProcess
 from quant.plans import Plan
 from quant.probes import take_probe
 from quant.quantized import QuantizedModel
-from quant.readers import limit
+from quant.readers import GGUF, limit
 from quant.reports import Report
 from quant.sections import section
 from quant.shards import SHARD_BYTES, StoredTensors, write_shards
+from quant.sources import read_config
 from quant.target import check_target
 
 REPORT = "gate.json"
@@ -81,17 +82,15 @@ def _write(
     name: str,
 ) -> Report:
     plan = quantized.plan
-    digests = write_shards(folder, plan.headers(), quantized.tensors, shard_bytes=shard_bytes)
+    _write_tokenizer(quantized, folder, tokenizer)
     _write_configs(quantized, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    elif quantized.folder is not None:
-        for file in TOKENIZER_FILES:
-            if (quantized.folder / file).is_file():
-                shutil.copyfile(quantized.folder / file, folder / file)
-    # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose bytes
-    # the gate compares with the digests of those that were made.
-    written = quantized if quantized.folder is None else replace(quantized, tensors=StoredTensors(folder))
+    if plan.scheme.container == GGUF:
+        digests, written = _write_gguf(quantized, folder, name), quantized
+    else:
+        digests = write_shards(folder, plan.headers(), quantized.tensors, shard_bytes=shard_bytes)
+        # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose
+        # bytes the gate compares with the digests of those that were made.
+        written = quantized if quantized.folder is None else replace(quantized, tensors=StoredTensors(folder))
     report = gate.inspect(folder, take_probe(written.model, digests))
     if not report.passed:
         raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")
@@ -101,6 +100,25 @@ def _write(
     write_lineage(folder, **facts)
     model_card(folder, card_facts(plan, facts))
     return report
+
+
+def _write_tokenizer(quantized: QuantizedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif quantized.folder is not None:
+        for file in TOKENIZER_FILES:
+            if (quantized.folder / file).is_file():
+                shutil.copyfile(quantized.folder / file, folder / file)
+
+
+def _write_gguf(quantized: QuantizedModel, folder: Path, name: str) -> dict[str, str]:
+    """The one file of a GGUF export, with the tokenizer that lies in the folder; returns the tensors' digests."""
+    from quant.gguf.reading import MODEL, entries_of
+    from quant.gguf.writing import describe_model, write_gguf
+
+    config = read_config(folder)
+    values = describe_model(folder, config, name)
+    return write_gguf(folder / MODEL, config, entries_of(config), values, quantized.tensors)
 
 
 def _write_configs(quantized: QuantizedModel, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import DONE, DataError, HerdError
+from quant.readers import GGUF
 from quant.reports import Check, Report
 
 if TYPE_CHECKING:
@@ -46,14 +47,19 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iter
     yield configuration
     if scheme is None:
         return
-    headers = checks.stored_headers(folder)
-    layout = [
-        checks.check_tensors(config, scheme, ignored, headers, facts),
-        checks.check_merged(config, ignored, headers),
-        checks.check_names(config, headers),
-    ]
-    if probe is not None:
-        layout.append(checks.check_digests("stored bytes", probe.stored, checks.digest_stored(folder)))
+    if scheme.container == GGUF:
+        from quant.gguf.checks import layout_checks
+
+        layout = list(layout_checks(folder, config, scheme, probe and probe.stored, facts))
+    else:
+        headers = checks.stored_headers(folder)
+        layout = [
+            checks.check_tensors(config, scheme, ignored, headers, facts),
+            checks.check_merged(config, ignored, headers),
+            checks.check_names(config, headers),
+        ]
+        if probe is not None:
+            layout.append(checks.check_digests("stored bytes", probe.stored, checks.digest_stored(folder)))
     yield from layout
     if all(check.passed for check in layout):
         yield from checks.run_checks(folder, probe)

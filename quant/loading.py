@@ -24,6 +24,7 @@ from transformers.quantizers.base import SequentialLlama4TextExperts
 from herd.run.errors import DataError
 from quant.architectures import model_class
 from quant.formats.fp8_block import fake_quantise_groups
+from quant.readers import GGUF
 from quant.sources import first_line, read_config
 
 
@@ -48,6 +49,10 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     section = config.to_dict().get("quantization_config")
     if not section:
         raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
+    if section["quant_method"] == GGUF:
+        from quant.gguf.reading import load_gguf
+
+        return load_gguf(folder), {}
     try:
         # The libraries draw progress bars on stderr, and warn that `dequantize` is followed.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):

@@ -11,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from quant.architectures import model_class, split_experts
+from quant.architectures import assemble
 from quant.loading import round_inputs
-from quant.plans import Layer, Plan, make_plan, tied_names
+from quant.plans import Layer, Plan, make_plan
 from quant.ranges import RangeBook
 from quant.schemes import Scheme
 from quant.sources import FolderSource, Source, open_source
@@ -109,16 +107,13 @@ def compress_layer(plan: Plan, source: Source, ranges: RangeBook, layer: Layer) 
 
 def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """A bf16 model that holds the values of the stored tensors; layers round their input as the format says."""
-    with no_init_weights():
-        model = model_class(plan.config)._from_config(plan.config, dtype=torch.bfloat16)
-    with torch.device("meta"):
-        split_experts(model)
     state = {name: tensors[name] for name in plan.kept}
+    roundings = {}
     for layer in plan.layers:
         stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in plan.scheme.stored(layer.shape)}
         state[f"{layer.name}.weight"] = plan.scheme.decompress(stored)
-        round_inputs(model.get_submodule(layer.name), plan.scheme.format.input_rounding(stored))
-    missing, unexpected = model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
-    assert not unexpected and set(missing) <= tied_names(model), (missing, unexpected)
+        roundings[layer.name] = plan.scheme.format.input_rounding(stored)
+    model = assemble(plan.config, state)
+    for name, rounding in roundings.items():
+        round_inputs(model.get_submodule(name), rounding)
     return model.eval().requires_grad_(False)

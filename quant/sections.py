@@ -30,7 +30,13 @@ _PRESETS = {
 
 
 def section(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
-    """What config.json says about a model quantised with a scheme (not GGUF, which has no config.json)."""
+    """What config.json says about a model quantised with a scheme.
+
+    For GGUF it is this package's own: the file says everything itself, and transformers refuses the folder by name
+    instead of finding no weights.
+    """
+    if scheme.container == GGUF:
+        return {"quant_method": GGUF, "type": scheme.format.kind, "ignore": ignored}
     if scheme.container == BITSANDBYTES:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -78,13 +84,12 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_section(content: dict[str, Any]) -> tuple[Scheme | None, list[str], str]:
     """The scheme and ignore list a `quantization_config` was written for; else None and what is wrong."""
-    container = {"compressed-tensors": COMPRESSED, "bitsandbytes": BITSANDBYTES, "fp8": FINE_GRAINED}.get(
-        content.get("quant_method")
-    )
+    methods = {"compressed-tensors": COMPRESSED, "bitsandbytes": BITSANDBYTES, "fp8": FINE_GRAINED, "gguf": GGUF}
+    container = methods.get(content.get("quant_method"))
     if container is None:
         return None, [], "quantization_config describes no scheme of this package"
-    key = {COMPRESSED: "ignore", BITSANDBYTES: "llm_int8_skip_modules", FINE_GRAINED: "modules_to_not_convert"}
-    ignored = content.get(key[container]) or []
+    key = {BITSANDBYTES: "llm_int8_skip_modules", FINE_GRAINED: "modules_to_not_convert"}.get(container, "ignore")
+    ignored = content.get(key) or []
     differing = {scheme: _differing(section(scheme, ignored), content) for scheme in _schemes(container)}
     nearest = min(differing, key=lambda scheme: len(differing[scheme]))
     if not differing[nearest]:
@@ -103,5 +108,5 @@ def _schemes(container: str) -> list[Scheme]:
     return [
         Scheme.named(name, size, container)
         for name in names
-        for size in (GROUP_SIZES if SCHEMES[name].grouped else (64,))
+        for size in ((32,) if container == GGUF else GROUP_SIZES if SCHEMES[name].grouped else (64,))
     ]
