@@ -1,6 +1,6 @@
 """Decoding on a CPU, batch 1, end to end: int4 served by `quant.load` against transformers in bf16.
 
-    python benchmarks/decoding.py [--rounds 9] [--tokens 12] [--threads 1 2] [--models DIR]
+    python benchmarks/decoding.py [--rounds 9] [--tokens 12] [--threads 1 2] [--models DIR] [--llama-cpp PYTHON]
 
 Llama 4 MoE models of about half a billion random weights. Every peer lives in a process of its own; bursts are
 interleaved. Cases replace those of the same kind in results/decoding.json; --models keeps the folders.
@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding_models import SHAPES, Model, build, quantise
 
-from benchmarks.decoding_models import SHAPES, Model, build, quantise
 from herd.run.files import write_atomic
+from quant.readers import GGUF
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "decoding.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "decoding.json"
 GROUP_SIZES = (64, 128)
 PROMPT = 32
+PEER = (sys.executable, str(HERE / "decoding_peer.py"))
 GOALS = {"bf16-sparse": 2.0, "bf16": 6.0, "memory": 0.4}
 SLOW = {"bf16": 4}  # burst of this many tokens: transformers' own experts take long
 
@@ -32,10 +34,9 @@ SLOW = {"bf16": 4}  # burst of this many tokens: transformers' own experts take 
 class Peer:
     """A child process with one model."""
 
-    def __init__(self, name: str, kind: str, folder: Path):
-        self.name, self.kind = name, kind
-        words = [sys.executable, "-m", "benchmarks.decoding_peer", kind, str(folder)]
-        self._process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, name: str, words: list[str]):
+        self.name = name
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.memory = self._answer()
 
     def burst(self, **asked: Any) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=12, help="tokens of a burst (12)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (1 2)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models (all)")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="interpreter with llama-cpp-python; gguf is needed here")
     parser.add_argument("--models", type=Path, help="folder to keep the models in (a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,10 +79,17 @@ def main() -> int:
 def compare(place: Path, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One case for each number of threads."""
     model = build(place / shape, shape)
+    peers = []
     for size in GROUP_SIZES:
-        quantise(place / shape, place / f"{shape}-int4-g{size}", group_size=size)
-    peers = [Peer(f"int4-g{size}", "int4", place / f"{shape}-int4-g{size}") for size in GROUP_SIZES]
-    peers += [Peer(kind, kind, place / shape) for kind in ("bf16-sparse", "bf16")]
+        folder = place / f"{shape}-int4-g{size}"
+        quantise(place / shape, folder, group_size=size)
+        peers.append(Peer(folder.name.removeprefix(f"{shape}-"), [*PEER, "int4", str(folder)]))
+    peers += [Peer(kind, [*PEER, kind, str(place / shape)]) for kind in ("bf16-sparse", "bf16")]
+    if options.llama_cpp:
+        folder = place / f"{shape}-gguf"
+        quantise(place / shape, folder, group_size=32, container=GGUF)
+        words = [options.llama_cpp, str(HERE / "llama_cpp_peer.py"), str(folder / "model.gguf")]
+        peers.append(Peer("llama.cpp", words))
     try:
         return [measure(shape, model, peers, threads, options) for threads in options.threads]
     finally:
@@ -93,7 +102,7 @@ def measure(shape: str, model: Model, peers: list[Peer], threads: int, options: 
     bursts: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
     for turn in range(options.rounds + 1):
         for peer in peers:
-            tokens = SLOW.get(peer.kind, options.tokens)
+            tokens = SLOW.get(peer.name, options.tokens)
             asked = {"threads": threads, "prompt": PROMPT, "tokens": tokens, "bandwidth": peer is peers[0]}
             answer = peer.burst(**asked)
             if turn:
@@ -130,9 +139,9 @@ def summarise(peer: Peer, bursts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(bursts: dict[str, list[dict]], found: dict[str, dict], ours: str) -> dict[str, Any]:
-    """Times faster than each bf16 peer (median over rounds of the ratio of medians, wall and CPU), and memory."""
+    """Times faster than every other peer (median over rounds of the ratio of medians, wall and CPU), and memory."""
     result = {}
-    for name in ("bf16-sparse", "bf16"):
+    for name in (name for name in bursts if not name.startswith("int4")):
         for key, label in (("token_s", "wall"), ("token_cpu_s", "cpu")):
             pairs = zip(bursts[name], bursts[ours], strict=True)
             by_round = [statistics.median(theirs[key]) / statistics.median(mine[key]) for theirs, mine in pairs]

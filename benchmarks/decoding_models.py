@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 import quant
+from quant.readers import COMPRESSED
 from quant.sections import section
 from quant.shards import write_shards
+from quant.sources import read_config
 
 SPREAD = 0.02
 VOCABULARY, LAYERS = 4096, 4
@@ -88,13 +90,22 @@ def build(folder: Path, name: str) -> Model:
     return Model(sum(sizes.values()), shared + experts // shape["num_local_experts"], plain)
 
 
-def quantise(source: Path, folder: Path, *, group_size: int) -> None:
+def quantise(source: Path, folder: Path, *, group_size: int, container: str = COMPRESSED) -> None:
     """Write the int4 form of a folder, unless it is there: the export's bytes, without its gate's second model."""
     if folder.exists():
         return
-    quantized = quant.quantize(source, scheme="int4", group_size=group_size)
+    quantized = quant.quantize(source, scheme="int4", group_size=group_size, container=container)
     plan = quantized.plan
     folder.mkdir()
-    write_shards(folder, plan.headers(), quantized.tensors)
     content = plan.config.to_dict() | {"quantization_config": section(plan.scheme, list(plan.ignored))}
     (folder / "config.json").write_text(json.dumps(content))
+    if container == COMPRESSED:
+        write_shards(folder, plan.headers(), quantized.tensors)
+        return
+    from quant.gguf.reading import MODEL, entries_of
+    from quant.gguf.writing import describe_model, write_gguf
+
+    config = read_config(folder)
+    write_gguf(
+        folder / MODEL, config, entries_of(config), describe_model(folder, config, folder.name), quantized.tensors
+    )

@@ -6,7 +6,9 @@
 `quant.loading.load` is the reference path: the same model unpacked to bf16, as transformers computes it.
 """
 
+import contextlib
 import ctypes
+import io
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4Text
 from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from quant import loading as reference
 from quant.architectures import model_class
+from quant.readers import BITSANDBYTES
 from quant.runtime.crossovers import Crossovers
 from quant.runtime.decoding import use_lean_steps
 from quant.runtime.feed_forward import Mlp, route
@@ -30,8 +33,9 @@ from quant.sources import first_line, read_config
 def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
     """The compressed model in a folder, in eval mode; DataError when it is not one or cannot be read.
 
-    On a CPU the weights stay as small as they are stored (int4 and int8 and fp8 of compressed-tensors); experts see
-    only their own tokens. kernel_rows: inputs of at most that many rows use the kernel for few rows; None measures.
+    On a CPU the weights stay as small as they are stored (int4, int8 and fp8 of compressed-tensors, bitsandbytes' nf4);
+    experts see only their own tokens. kernel_rows: inputs of at most that many rows use the kernel for few rows; None
+    measures.
     Other devices and other schemes get transformers' own path, and one line on stderr says so.
     """
     folder = Path(path)
@@ -42,11 +46,27 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     if check_device(device).type != "cpu":
         _say(f"{folder}: on {device} transformers unpacks the weights to bf16; vLLM serves the folder with GPU kernels")
         return reference.load(folder).to(device)
+    if section["quant_method"] == BITSANDBYTES:
+        return serve(reference.route_experts(_load_bitsandbytes(folder, config)))
     kind = kind_of(section)
     if kind is None:
         _say(f"{folder}: no CPU kernel for {_describe(section)}; weights are unpacked to bf16")
         return reference.load(folder)
     return _serve(folder, config, StoredLayers(TensorFiles(folder), kind, Crossovers(kernel_rows)))
+
+
+def _load_bitsandbytes(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' own model of bitsandbytes' layers, whose CPU kernel multiplies packed weights."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            model, info = model_class(config).from_pretrained(
+                folder, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        raise DataError(f"{folder}: tensor {min(info['missing_keys'])} is missing; copy the folder again")
+    return model
 
 
 def check_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from quant.runtime.int8 import Int8
 from quant.runtime.linears import Linear
 from quant.runtime.loading import load
 from tests.quant.runtime.conftest import SCHEMES
-from tests.quant.tiny_models import BUILDERS
+from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS
 
 KINDS = {"int4": Int4, "int8": Int8, "fp8": Fp8}
 
@@ -194,6 +194,15 @@ def test_a_scheme_without_a_kernel_is_unpacked_and_said_so(models, gate, tokens_
     )
     assert not any(isinstance(module, Linear) for module in model.modules())
     assert torch.equal(logits(model, tokens_BT), logits(load_reference(tmp_path / "out"), tokens_BT))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-double"])
+def test_nf4_runs_in_bitsandbytes_own_layers(gate, tokens_BT, tmp_path, scheme):
+    quant.export(quant.quantize(WIDE_BUILDERS["wide-scout"](), scheme=scheme), tmp_path / "out", gate=gate)
+    model = load(tmp_path / "out")
+    assert type(model.model.layers[0].feed_forward.experts[1].up_proj).__name__ == "Linear4bit"
+    found_BT = divergence(logits(load_reference(tmp_path / "out"), tokens_BT), stepwise(model, tokens_BT))
+    assert found_BT.quantile(0.9) < 2e-4 and found_BT.mean() < 1e-3
 
 
 @pytest.mark.gpu
