@@ -8,6 +8,7 @@ interleaved. Cases replace those of the same kind in results/decoding.json; --mo
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -114,6 +115,7 @@ def measure(shape: str, model: Model, peers: list[Peer], threads: int, options: 
         floor = model.bytes_a_token(size) / bandwidth
         found[name] |= {"bytes_a_token": round(model.bytes_a_token(size)), "floor_ms": round(1e3 * floor, 2)}
     case = {"shape": shape, "weights": model.weights, "threads": threads, "peers": found}
+    case["load_average"] = round(os.getloadavg()[0], 1)
     case |= {"bandwidth_gb_s": round(bandwidth / 1e9, 1), "ratios": {}}
     for size in GROUP_SIZES:
         case["ratios"][f"int4-g{size}"] = ratios(bursts, found, f"int4-g{size}")

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-import quant
+from quant.formats.grid import Parameters
+from quant.plans import Plan, make_plan
 from quant.readers import COMPRESSED
+from quant.schemes import Scheme
 from quant.sections import section
 from quant.shards import write_shards
-from quant.sources import read_config
+from quant.sources import Source, open_source, read_config
 
 SPREAD = 0.02
 VOCABULARY, LAYERS = 4096, 4
@@ -90,22 +92,48 @@ def build(folder: Path, name: str) -> Model:
     return Model(sum(sizes.values()), shared + experts // shape["num_local_experts"], plain)
 
 
+class RoundedTensors(Mapping[str, Tensor]):
+    """The tensors of an int4 form, a layer at a time, with scales of absmax / 7.5: speed does not depend on values."""
+
+    def __init__(self, plan: Plan, source: Source):
+        self._plan, self._source = plan, source
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._plan.parts:
+            return self._plan.read_kept(self._source, name)
+        layer, suffix = self._plan.parts[name]
+        if self._last[0] != layer.name:
+            weight_NK = self._plan.read_layer(self._source, layer)
+            grid = self._plan.scheme.grid
+            absmax_NG = weight_NK.float().unflatten(-1, (grid.groups(weight_NK.shape[-1]), -1)).abs().amax(-1)
+            parameters = Parameters(grid.storable(absmax_NG / 7.5))
+            self._last = (layer.name, self._plan.scheme.store(grid.encode(weight_NK, parameters), parameters))
+        return self._last[1][suffix]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.headers())
+
+    def __len__(self) -> int:
+        return len(self._plan.headers())
+
+
 def quantise(source: Path, folder: Path, *, group_size: int, container: str = COMPRESSED) -> None:
-    """Write the int4 form of a folder, unless it is there: the export's bytes, without its gate's second model."""
+    """Write an int4 form of a folder, unless it is there."""
     if folder.exists():
         return
-    quantized = quant.quantize(source, scheme="int4", group_size=group_size, container=container)
-    plan = quantized.plan
-    folder.mkdir()
-    content = plan.config.to_dict() | {"quantization_config": section(plan.scheme, list(plan.ignored))}
-    (folder / "config.json").write_text(json.dumps(content))
-    if container == COMPRESSED:
-        write_shards(folder, plan.headers(), quantized.tensors)
-        return
-    from quant.gguf.reading import MODEL, entries_of
-    from quant.gguf.writing import describe_model, write_gguf
+    with open_source(source) as opened:
+        plan = make_plan(opened, Scheme.named("int4", group_size, container))
+        folder.mkdir()
+        content = plan.config.to_dict() | {"quantization_config": section(plan.scheme, list(plan.ignored))}
+        (folder / "config.json").write_text(json.dumps(content))
+        tensors = RoundedTensors(plan, opened)
+        if container == COMPRESSED:
+            write_shards(folder, plan.headers(), tensors)
+            return
+        from quant.gguf.reading import MODEL, entries_of
+        from quant.gguf.writing import describe_model, write_gguf
 
-    config = read_config(folder)
-    write_gguf(
-        folder / MODEL, config, entries_of(config), describe_model(folder, config, folder.name), quantized.tensors
-    )
+        config = read_config(folder)
+        values = describe_model(folder, config, folder.name)
+        write_gguf(folder / MODEL, config, entries_of(config), values, tensors)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Llama4Config, Llama4ForConditionalGeneration, PreTrainedModel
 
 import quant
 from herd.llama4.balance import RouterTap
@@ -20,7 +20,7 @@ from quant.runtime.int8 import Int8
 from quant.runtime.linears import Linear
 from quant.runtime.loading import load
 from tests.quant.runtime.conftest import SCHEMES
-from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS
+from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama, build_llama4
 
 KINDS = {"int4": Int4, "int8": Int8, "fp8": Fp8}
 
@@ -194,6 +194,28 @@ def test_a_scheme_without_a_kernel_is_unpacked_and_said_so(models, gate, tokens_
     )
     assert not any(isinstance(module, Linear) for module in model.modules())
     assert torch.equal(logits(model, tokens_BT), logits(load_reference(tmp_path / "out"), tokens_BT))
+
+
+def build_multimodal() -> PreTrainedModel:
+    """A Llama 4 with a vision tower, as Scout and Maverick are published."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    text = build_llama4(moe_every=2).config.to_dict()
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", [lambda: build_llama(tied=True), build_multimodal])
+def test_tied_and_multimodal_models_are_served_too(gate, tokens_BT, tmp_path, build):
+    quant.export(quant.quantize(build(), scheme="int4", group_size=32), tmp_path / "out", gate=gate)
+    served, reference = load(tmp_path / "out"), load_reference(tmp_path / "out")
+    for way in (logits, stepwise):
+        found_BT = divergence(way(reference, tokens_BT), way(served, tokens_BT))
+        assert found_BT.quantile(0.9) < 1e-4 and found_BT.mean() < 1e-3
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4-double"])
