@@ -88,22 +88,7 @@ def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreT
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     _replace_layers(model, layers)
     _renew_buffers(model)
-    state = {name: layers.files[name] for name in layers.files if name not in layers.used}
-    state = {
-        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-    }
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in state.items():
-        if tensor.shape != shapes.get(name, tensor.shape):
-            raise DataError(f"{folder}: tensor {name} is {list(tensor.shape)}, expected {list(shapes[name])}")
-    _, unexpected = model.load_state_dict(state, assign=True, strict=False)
-    if unexpected:
-        raise DataError(f"{folder}: tensor {unexpected[0]} belongs to no layer of the model; export it again")
-    model.tie_weights()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
-    if missing:
-        raise DataError(f"{folder}: tensor {missing[0]} is missing; copy the folder again")
+    _fill(model, folder, layers)
     for module in list(model.modules()):
         if isinstance(module, Llama4TextModel):
             use_lean_steps(module)
@@ -111,6 +96,27 @@ def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreT
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)
     return serve(model)
+
+
+def _fill(model: PreTrainedModel, folder: Path, layers: StoredLayers) -> None:
+    """Read what is not quantised into the model; DataError for a tensor too many, too few, or of another shape."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = {}
+    for name in layers.files:
+        if name in layers.used:
+            continue
+        tensor = layers.files[name]
+        if name not in shapes:
+            raise DataError(f"{folder}: tensor {name} belongs to no layer of the model; export it again")
+        if tensor.shape != shapes[name]:
+            raise DataError(f"{folder}: tensor {name} is {list(tensor.shape)}, expected {list(shapes[name])}")
+        state[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if missing:
+        raise DataError(f"{folder}: tensor {missing[0]} is missing; copy the folder again")
 
 
 def _replace_layers(model: PreTrainedModel, layers: StoredLayers) -> None:

@@ -5,6 +5,7 @@ layers = StoredLayers(files, kind, crossovers)
 layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer, fused by rows
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ from quant.runtime.fp8 import Fp8
 from quant.runtime.int4 import Int4, find_block
 from quant.runtime.int8 import Int8
 from quant.runtime.linears import Linear, Plain
-from quant.runtime.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def kind_of(section: dict[str, Any]) -> Kind | None:
         return None
     if scheme in (("int", 4, "group"), ("int", 4, "channel")) and not rounds:
         return Kind("int4", "weight_packed", ("weight_packed", "weight_scale", "weight_shape"), False)
-    if scheme == ("int", 8, "channel") and rounds and inputs["num_bits"] == 8 and inputs["type"] == "int":
+    if rounds and (inputs.get("type"), inputs.get("num_bits")) != (weights["type"], 8):
+        return None
+    if scheme == ("int", 8, "channel") and rounds:
         return Kind("int8", "weight_scale", ("weight", "weight_scale"), True)
     if scheme in (("float", 8, "channel"), ("float", 8, "tensor")):
         return Kind("fp8", "weight_scale", ("weight", "weight_scale"), rounds)
@@ -59,7 +61,7 @@ def kind_of(section: dict[str, Any]) -> Kind | None:
 class StoredLayers:
     """Makes layers for serving from a folder's tensors, one at a time."""
 
-    def __init__(self, files: TensorFiles, kind: Kind, crossovers: Crossovers):
+    def __init__(self, files: Mapping[str, Tensor], kind: Kind, crossovers: Crossovers):
         self.files, self.kind, self.crossovers = files, kind, crossovers
         self.used: set[str] = set()
         """Names of the tensors that went into layers."""
