@@ -85,6 +85,8 @@ def compare(place: Path, shape: str, options: argparse.Namespace) -> list[dict[s
         folder = place / f"{shape}-int4-g{size}"
         quantise(place / shape, folder, group_size=size)
         peers.append(Peer(folder.name.removeprefix(f"{shape}-"), [*PEER, "int4", str(folder)]))
+    folder = place / f"{shape}-int4-g{GROUP_SIZES[0]}"
+    peers.append(Peer(f"stream-g{GROUP_SIZES[0]}", [*PEER, "int4-stream", str(folder)]))
     peers += [Peer(kind, [*PEER, kind, str(place / shape)]) for kind in ("bf16-sparse", "bf16")]
     if options.llama_cpp:
         folder = place / f"{shape}-gguf"

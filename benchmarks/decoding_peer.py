@@ -2,7 +2,8 @@
 
     python benchmarks/decoding_peer.py bf16-sparse FOLDER          stdin: {"threads": 1, "prompt": 32, "tokens": 16}
 
-Answers are JSON lines: memory once the model is loaded, then times of each burst, all through transformers' `generate`.
+Answers are JSON lines: memory once the model is loaded, then times of each burst, through transformers' `generate`;
+`int4-stream` decodes as `python -m quant generate` does.
 """
 
 import json
@@ -19,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import quant.runtime.loading
 from herd.llama4 import use_sparse_experts
+from quant.runtime.generation import Stream
 
 
 class Times(BaseStreamer):
@@ -37,23 +39,26 @@ class Times(BaseStreamer):
 
 
 def load(peer: str, folder: str) -> PreTrainedModel:
-    """The model of a peer: `int4`, `bf16-sparse`, or `bf16`."""
-    if peer == "int4":
+    """The model of a peer: `int4`, `int4-stream`, `bf16-sparse`, or `bf16`."""
+    if peer.startswith("int4"):
         return quant.runtime.loading.load(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     return use_sparse_experts(model) if peer == "bf16-sparse" else model
 
 
-def burst(model: PreTrainedModel, *, prompt: int, tokens: int) -> dict[str, Any]:
+def burst(model: PreTrainedModel, *, prompt: int, tokens: int, streamed: bool) -> dict[str, Any]:
     """Decode greedily; seconds of the prompt (with the first token) and of each token after it."""
     vocabulary = model.config.vocab_size
     input_1T = torch.randint(3, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     times = Times()
-    with torch.inference_mode():
-        model.generate(
-            input_1T, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=times
-        )
-    # `put` is called with the prompt first, then with every token.
+    if streamed:
+        model.generation_config.eos_token_id = None
+        times.put(input_1T)
+        for _ in Stream(model, max_new_tokens=tokens + 1).run(input_1T):
+            times.put(input_1T)
+    else:  # calls `put` with the prompt, then with every token
+        settings = {"max_new_tokens": tokens + 1, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        model.generate(input_1T, **settings, streamer=times)
     return {
         "prefill_s": times.wall[1] - times.wall[0],
         "prefill_cpu_s": times.cpu[1] - times.cpu[0],
@@ -69,13 +74,13 @@ def resident(field: str) -> int:
 
 
 def bandwidth() -> float:
-    """Bytes a second one reading pass over memory reaches, the best of several."""
+    """Bytes a second that reading reaches, the best of several passes; by CPU time, since others use the machine."""
     block = torch.ones(1 << 26)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         block.sum()
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.process_time() - start) / torch.get_num_threads())
     return block.nbytes / min(seconds)
 
 
@@ -88,14 +93,15 @@ def main(peer: str, folder: str) -> None:
     start = time.perf_counter()
     model = load(peer, folder)
     seconds = time.perf_counter() - start
-    burst(model, prompt=32, tokens=1)
+    streamed = peer == "int4-stream"
+    burst(model, prompt=32, tokens=1, streamed=streamed)
     memory = {"idle": idle, "peak": resident("VmHWM"), "resident": resident("VmRSS"), "load_s": seconds}
     print(json.dumps(memory), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         torch.set_num_threads(asked["threads"])
         answer = {"bandwidth": bandwidth()} if asked.get("bandwidth") else {}
-        answer |= burst(model, prompt=asked["prompt"], tokens=asked["tokens"])
+        answer |= burst(model, prompt=asked["prompt"], tokens=asked["tokens"], streamed=streamed)
         print(json.dumps(answer), flush=True)
 
 

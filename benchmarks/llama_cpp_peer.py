@@ -17,8 +17,9 @@ CONTEXT = 256
 
 def open_model(path: str) -> tuple[Any, Any, int]:
     """Model, context and vocabulary size, with llama.cpp's own settings."""
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), None)
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    settings = llama_cpp.llama_model_default_params()
+    settings.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = CONTEXT
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -27,7 +28,8 @@ def open_model(path: str) -> tuple[Any, Any, int]:
 
 def forward(context: Any, tokens: list[int], vocabulary: int) -> int:
     """Take up tokens and return the likeliest next one."""
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+    batch = llama_cpp.llama_batch_get_one(array, len(tokens))
     if llama_cpp.llama_decode(context, batch) != 0:
         raise SystemExit("llama_decode failed")
     return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocabulary,)).argmax())
@@ -61,6 +63,8 @@ def resident(field: str) -> int:
 
 def main(path: str) -> None:
     """Serve bursts until stdin ends."""
+    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept alive as long as the library calls it
+    llama_cpp.llama_log_set(silence, None)
     idle, start = resident("VmRSS"), time.perf_counter()
     _model, context, vocabulary = open_model(path)
     seconds = time.perf_counter() - start
