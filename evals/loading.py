@@ -67,7 +67,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> PreTrainedModel:
     """The model alone, in the type it was saved in, evaluation mode, Llama 4 experts dispatched sparsely."""
     config = json.loads((folder / "config.json").read_text())
     if "quantization_config" in config:
-        model = quant.load(folder)  # routes its experts itself
+        model = quant.load(folder, device=device)  # in low bits on a CPU; routes its experts itself
     else:
         model = use_sparse_experts(open_model(str(folder), dtype="auto"))
     return model.to(device).eval()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quant.exports import export
-    from quant.loading import load
     from quant.quantized import QuantizedModel, quantize
+    from quant.runtime.loading import load
 
 __all__ = ["QuantizedModel", "export", "load", "quantize"]
 
@@ -21,7 +21,7 @@ _HOMES = {
     "QuantizedModel": "quant.quantized",
     "quantize": "quant.quantized",
     "export": "quant.exports",
-    "load": "quant.loading",
+    "load": "quant.runtime.loading",
 }
 
 

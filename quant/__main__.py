@@ -1,6 +1,7 @@
-"""Quantise a model folder and export it.
+"""Quantise a model folder and export it; or run an export.
 
     python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4 [--dry-run] [--json]
+    python -m quant generate --model exports/scout-int4 --prompt TEXT          (quant/runtime/command.py)
 
 `--help` and mistakes in the arguments are answered before torch is imported.
 """
@@ -18,6 +19,7 @@ from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
+from quant.runtime import command
 from quant.target import check_target
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ GROUP_SIZE = Quantize.model_fields["group_size"].default
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, then plan (`--dry-run`) or export and track; returns the exit code."""
-    options = parse(argv)
+    """Parse, then plan (`--dry-run`) or export and track, or `generate`; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["generate"]:
+        asked = command.parse(words[1:])
+        return cli.main_guard(lambda: command.run(asked))
+    options = parse(words)
 
     def body() -> None:
         with disk_faults(options.out, mend="name an --out on another disk"):
@@ -47,6 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         examples=(
             "python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4",
             "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.mlp.*' --dry-run",
+            "python -m quant generate --model exports/scout-int4 --prompt TEXT    (runs an export; see its --help)",
         ),
         config=False,
     )

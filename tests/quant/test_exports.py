@@ -14,6 +14,7 @@ import quant
 from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from quant import exports
 from quant.gate_process import GateProcess
+from quant.loading import load as load_reference
 from quant.loading import load_with_info
 from quant.shards import StoredTensors
 from tests.quant.tiny_models import BUILDERS, build_llama
@@ -55,12 +56,12 @@ def test_our_loader_computes_the_in_memory_models_logits(exported, tokens_BT, na
     reference_BTV = logits(quantized.model, tokens_BT)
     assert torch.equal(logits(load_with_info(folder)[0], tokens_BT), reference_BTV)
     # Sparse dispatch multiplies the same rows in matrices of another height: bf16 products may round differently.
-    torch.testing.assert_close(logits(quant.load(folder), tokens_BT), reference_BTV, atol=0.03, rtol=0.02)
+    torch.testing.assert_close(logits(load_reference(folder), tokens_BT), reference_BTV, atol=0.03, rtol=0.02)
 
 
 def test_sparse_dispatch_equals_dense_in_fp32(exported, tokens_BT):
     _, folder = exported["scout", "int4"]
-    dense, sparse = (torch.nn.Module.float(model) for model in (load_with_info(folder)[0], quant.load(folder)))
+    dense, sparse = (torch.nn.Module.float(model) for model in (load_with_info(folder)[0], load_reference(folder)))
     torch.testing.assert_close(logits(sparse, tokens_BT), logits(dense, tokens_BT), atol=1e-5, rtol=1e-5)
 
 
@@ -99,7 +100,7 @@ def test_in_a_moe_layer_every_token_has_its_own_activation_scale(exported):
         with torch.inference_mode():
             return layer(input_TH), torch.cat([layer(row_H[None]) for row_H in input_TH])
 
-    together, alone = together_and_alone(quant.load(folder))
+    together, alone = together_and_alone(load_reference(folder))
     torch.testing.assert_close(together, alone, rtol=0.02, atol=0.0)
     # The flaw that `keep_tokens_apart` mends; when this fails, compressed-tensors has mended it itself.
     stock = AutoModelForCausalLM.from_pretrained(folder)
@@ -154,7 +155,7 @@ def test_tied_embeddings_are_stored_once(gate, tmp_path):
 def test_an_fp32_model_is_stored_as_bf16(tokens_BT, gate, tmp_path):
     quantized = quant.quantize(build_llama().float(), scheme="int4", group_size=32)
     quant.export(quantized, tmp_path / "out", gate=gate)
-    model = quant.load(tmp_path / "out")
+    model = load_reference(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert torch.equal(logits(model, tokens_BT), logits(quantized.model, tokens_BT))
 

@@ -11,6 +11,7 @@ import quant
 from herd.run.errors import ConfigError, DataError
 from quant.architectures import input_tie, weight_tie
 from quant.gate_process import GateProcess
+from quant.loading import load as load_reference
 from quant.readers import COMPRESSED, FINE_GRAINED, GGUF, SCHEMES, check_reader, check_scheme, readers
 from quant.schemes import Scheme
 from quant.shards import StoredTensors
@@ -71,7 +72,7 @@ def test_every_scheme_passes_the_gate_and_loads_to_the_in_memory_model(
     made = quantised(wide[model], name, size, container)
     report = quant.export(made, tmp_path / "out", gate=gate)
     assert report.passed and report.facts["readers"] == readers(name, container, moe=moe)
-    loaded = quant.load(tmp_path / "out")
+    loaded = load_reference(tmp_path / "out")
     with torch.inference_mode():
         wanted, found, original = (m(input_ids=tokens_BT).logits.float() for m in (made.model, loaded, wide[model]))
     torch.testing.assert_close(found, wanted, atol=0.06, rtol=0.02)

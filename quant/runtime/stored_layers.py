@@ -1,0 +1,104 @@
+"""Which kernel a folder's layers get, and the layers themselves from their stored tensors.
+
+kind = kind_of(quantization_config)                  # None: no kernel of this package runs that scheme
+layers = StoredLayers(files, kind, crossovers)
+layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer, fused by rows
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from herd.run.errors import DataError
+from quant.formats.grid import Grid
+from quant.formats.packed import PackedIntegers
+from quant.runtime.crossovers import Crossovers
+from quant.runtime.fp8 import Fp8
+from quant.runtime.int4 import Int4, find_block
+from quant.runtime.int8 import Int8
+from quant.runtime.linears import Linear, Plain
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the quantised layers of a folder are stored."""
+
+    name: str
+    """`int4`, `int8` or `fp8`."""
+    mark: str
+    """Suffix of the tensor that tells a quantised layer."""
+    suffixes: tuple[str, ...]
+    """Suffixes of all the tensors it is stored as."""
+    rounds_inputs: bool
+
+
+def kind_of(section: dict[str, Any]) -> Kind | None:
+    """The kind of a compressed-tensors section with one group of layers; None for any scheme without a kernel here."""
+    groups = list((section.get("config_groups") or {}).values())
+    if section.get("quant_method") != "compressed-tensors" or len(groups) != 1:
+        return None
+    weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations")
+    if not weights.get("symmetric") or weights.get("actorder") == "group" or groups[0].get("output_activations"):
+        return None
+    scheme = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
+    rounds = inputs is not None
+    if rounds and (inputs.get("strategy"), inputs.get("dynamic"), inputs.get("symmetric")) != ("token", True, True):
+        return None
+    if scheme in (("int", 4, "group"), ("int", 4, "channel")) and not rounds:
+        return Kind("int4", "weight_packed", ("weight_packed", "weight_scale", "weight_shape"), False)
+    if rounds and (inputs.get("type"), inputs.get("num_bits")) != (weights["type"], 8):
+        return None
+    if scheme == ("int", 8, "channel") and rounds:
+        return Kind("int8", "weight_scale", ("weight", "weight_scale"), True)
+    if scheme in (("float", 8, "channel"), ("float", 8, "tensor")):
+        return Kind("fp8", "weight_scale", ("weight", "weight_scale"), rounds)
+    return None
+
+
+class StoredLayers:
+    """Makes layers for serving from a folder's tensors, one at a time."""
+
+    def __init__(self, files: Mapping[str, Tensor], kind: Kind, crossovers: Crossovers):
+        self.files, self.kind, self.crossovers = files, kind, crossovers
+        self.used: set[str] = set()
+        """Names of the tensors that went into layers."""
+        self._block = find_block()
+
+    def quantised(self, name: str) -> bool:
+        """Whether the layer of that name is stored quantised."""
+        return f"{name}.{self.kind.mark}" in self.files
+
+    def make(self, names: list[str]) -> Linear:
+        """One layer for several over the same input, in the order of the names; DataError if a tensor is missing."""
+        states = {self.quantised(name) for name in names}
+        if len(states) == 2:
+            raise DataError(
+                f"{names[0]} and {names[-1]}: one is quantised and the other is not; export the model again"
+            )
+        if states == {False}:
+            return Plain(torch.cat([self._read(f"{name}.weight").to(torch.bfloat16) for name in names]))
+        parts = [{suffix: self._read(f"{name}.{suffix}") for suffix in self.kind.suffixes} for name in names]
+        layer = self._pack(parts)
+        self.crossovers.set(layer)
+        return layer
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise DataError(f"tensor {name} is missing; copy the folder again")
+        self.used.add(name)
+        return self.files[name]
+
+    def _pack(self, parts: list[dict[str, Tensor]]) -> Linear:
+        if self.kind.name == "int8":
+            return Int8.pack(parts)
+        if self.kind.name == "fp8":
+            return Fp8.pack(parts, rounds_inputs=self.kind.rounds_inputs)
+        layer = Int4.pack(parts, self._block)
+        if layer is None:
+            groups = parts[0]["weight_shape"][1].item() // parts[0]["weight_scale"].shape[1]
+            unpacked = PackedIntegers(Grid(bits=4, symmetric=True, group_size=groups))
+            return Plain(torch.cat([unpacked.decompress(part) for part in parts]))
+        return layer
