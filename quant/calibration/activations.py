@@ -1,6 +1,6 @@
 """The hidden states of the calibration rows between two decoder layers: in memory, or in one file a layer.
 
-    states = Activations(folder)                     # None: in memory
+    states = Activations(folder, "hidden", shapes)                   # None: in memory
     states.write(0, batches);  for hidden_BTH in states.read(0): ...
 
 A file is whole once `write` returns: it is written under another name, flushed and renamed. bf16 throughout.
@@ -18,9 +18,10 @@ from herd.run.files import disk_faults, sync_folder
 
 
 class Activations:
-    def __init__(self, folder: Path | None, shapes: list[tuple[int, ...]]):
-        """shapes: [B, T, H] of every batch."""
+    def __init__(self, folder: Path | None, name: str, shapes: list[tuple[int, ...]]):
+        """name: of the files, `name-00003.bin`. shapes: [B, T, H] of every batch."""
         self._folder = folder
+        self._name = name
         self._shapes = shapes
         self._held: dict[int, list[Tensor]] = {}
 
@@ -56,4 +57,4 @@ class Activations:
             self._path(layer).unlink(missing_ok=True)
 
     def _path(self, layer: int) -> Path:
-        return self._folder / f"hidden-{layer:05d}.bin"
+        return self._folder / f"{self._name}-{layer:05d}.bin"

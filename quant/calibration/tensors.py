@@ -99,7 +99,7 @@ class CalibratedTensors(Mapping[str, Tensor]):
     def _count_rows(self) -> int:
         batches = self._calibration.rows.batches()
         width = self._plan.config.get_text_config().hidden_size
-        activations = Activations(self._ledger.folder, [(*batch.shape, width) for batch in batches])
+        activations = Activations(self._ledger.folder, "routes", [(*batch.shape, width) for batch in batches])
         counts_BX = count_routes(Decoder(self._plan, self._source), batches, activations)
         least = -(-self._calibration.first // len(batches[0]))
         needed = batches_needed(counts_BX, first=least, quota=self._calibration.expert_tokens)

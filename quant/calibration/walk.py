@@ -9,6 +9,7 @@ E layers of one shape, N output channels, K input channels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from quant.calibration.activations import Activations
 from quant.calibration.coverage import treatment
 from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
-from quant.calibration.moments import Moments, bank_of, measure
+from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.stages import input_key, stages
 from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
 from quant.methods.method import Method, layer_of
+from quant.methods.rtn import Rtn
+from quant.methods.targets import corrected
 from quant.plans import Layer, Plan
 from quant.sources import Source
 
@@ -39,7 +42,9 @@ class Walk:
         self._memory_bytes = memory_bytes
         self._batches = rows.batches()
         width = plan.config.get_text_config().hidden_size
-        self._activations = Activations(ledger.folder, [(*batch.shape, width) for batch in self._batches])
+        shapes = [(*batch.shape, width) for batch in self._batches]
+        self._activations = Activations(ledger.folder, "hidden", shapes)
+        self._exact = Activations(ledger.folder, "exact", shapes) if method.corrects else None
         self._of: dict[int, list[Layer]] = {}
         for layer in plan.layers:
             if layer.name.startswith(f"{self.decoder.prefix}."):
@@ -54,7 +59,8 @@ class Walk:
     def advance(self, index: int) -> None:
         """Finish all layers up to this one."""
         if self._ledger.finished == 0:
-            self._activations.write(0, map(self.decoder.embed, self._batches))
+            for states in self._states():
+                states.write(0, map(self.decoder.embed, self._batches))
         for each in range(self._ledger.finished, index + 1):
             self._finish(each)
 
@@ -65,10 +71,19 @@ class Walk:
             block = Block(self, index, layer)
             block.quantise()
             if not last:
-                outputs = (self.decoder.run(index, layer, hidden) for hidden in self._activations.read(index))
-                self._activations.write(index + 1, outputs)
+                self._pass_on(index, layer, self._activations)
+                if self._exact is not None:
+                    with block.unquantised():
+                        self._pass_on(index, layer, self._exact)
             self._ledger.add(index, block.tensors, {"inputs": block.inputs})
-        self._activations.drop(index)
+        for states in self._states():
+            states.drop(index)
+
+    def _pass_on(self, index: int, layer: nn.Module, states: Activations) -> None:
+        states.write(index + 1, (self.decoder.run(index, layer, hidden_BTH) for hidden_BTH in states.read(index)))
+
+    def _states(self) -> list[Activations]:
+        return [states for states in (self._activations, self._exact) if states is not None]
 
 
 class Block:
@@ -83,6 +98,8 @@ class Block:
         self.tensors: dict[str, Tensor] = {}
         """Stored tensors of the quantised layers, and kept ones that folding changed."""
         self.inputs: dict[str, dict[str, Any]] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
 
     def quantise(self) -> None:
         """Fill `tensors` and `inputs`."""
@@ -99,14 +116,14 @@ class Block:
                 self._round([name for name in names if input_key(name) in chunk], moments)
 
     def _measure(self, names: Sequence[str], keys: Iterable[str] | None = None) -> Moments:
-        batches = self._walk._activations.read(self._index)
-        return measure(self._walk.decoder, self._index, self._module, batches, names, summed=keys)
+        walk, index = self._walk, self._index
+        reference = None if walk._exact is None else Reference(walk._exact.read(index), self.unquantised)
+        batches = walk._activations.read(index)
+        return measure(walk.decoder, index, self._module, batches, names, summed=keys, reference=reference)
 
     def _more(self, before: Moments, names: Sequence[str], keys: Sequence[str]) -> Moments:
         """The sums of further keys, with the banks' sums, which the first pass took of all of them."""
-        batches = self._walk._activations.read(self._index)
-        wanted = [name for name in names if input_key(name) in keys]
-        moments = measure(self._walk.decoder, self._index, self._module, batches, wanted)
+        moments = self._measure([name for name in names if input_key(name) in keys])
         moments.banks, moments.bank_tokens = before.banks, before.bank_tokens
         return moments
 
@@ -127,23 +144,45 @@ class Block:
             filled += needed
         return chunks
 
+    @contextmanager
+    def unquantised(self) -> Iterator[None]:
+        """The module as it was read, as long as this is open."""
+        for name in self._rounded:
+            self._part(name).weight.data = self._originals[name]
+        try:
+            yield
+        finally:
+            for name, rounded in self._rounded.items():
+                self._part(name).weight.data = rounded
+
     def _round(self, names: Sequence[str], moments: Moments) -> None:
-        grid = self._walk._plan.scheme.grid
-        for stack in stacks(names, self._layers):
+        for stack in stacks([name for name in names if moments.tokens.get(input_key(name))], self._layers):
             columns = self._layers[stack[0]].shape[1]
-            weight_ENK = torch.stack([self._weight(name) for name in stack])
             hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
-            codes_ENK, parameters = self._walk._method.round(weight_ENK, grid, hessian_EKK)
-            decoded_ENK = grid.decode(codes_ENK, parameters)
-            for at, name in enumerate(stack):
-                stored = self._walk._plan.scheme.store(codes_ENK[at], layer_of(parameters, at))
-                self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
-                self._part(name).weight.data = decoded_ENK[at].clone()
+            weight_ENK = torch.stack([self._weight(name) for name in stack])
+            if self._walk._method.corrects:
+                shift_EKK = torch.stack([moments.shift(input_key(name), columns) for name in stack])
+                weight_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
+            self._settle(stack, weight_ENK, self._walk._method, hessian_EKK)
+        for stack in stacks([name for name in names if not moments.tokens.get(input_key(name))], self._layers):
+            self._settle(stack, torch.stack([self._weight(name) for name in stack]), Rtn(), None)
         for name in names:
             key = input_key(name)
             tokens = moments.tokens.get(key, 0)
             kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
-            self.inputs[key] = {"tokens": tokens, "treatment": kind, "absmax": moments.absmax.get(key, 0.0)}
+            self.inputs[key] = {"tokens": tokens, "treatment": kind}
+
+    def _settle(self, stack: Sequence[str], weight_ENK: Tensor, method: Method, hessian_EKK: Tensor | None) -> None:
+        """Choose the codes of a stack, keep them as they are stored, and put their values into the module."""
+        scheme = self._walk._plan.scheme
+        codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
+        decoded_ENK = scheme.grid.decode(codes_ENK, parameters)
+        for at, name in enumerate(stack):
+            stored = scheme.store(codes_ENK[at], layer_of(parameters, at))
+            self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
+            part = self._part(name)
+            self._originals[name], self._rounded[name] = part.weight.data, decoded_ENK[at].clone()
+            part.weight.data = self._rounded[name]
 
     def _fold(self, moments: Moments) -> None:
         """Move factors into norms and up projections, in the module and in the moments."""
@@ -152,11 +191,14 @@ class Block:
         for fold in find_folds([name for name, _ in self._module.named_modules()], relative):
             names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self._layers]
             consumers = []
-            for stack in stacks(names, self._layers):
+            measured = [name for name in names if moments.tokens.get(input_key(name))]
+            for stack in stacks(measured, self._layers):
                 columns = self._layers[stack[0]].shape[1]
                 hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
-                tokens_E = torch.tensor([float(moments.tokens.get(input_key(name), 0)) for name in stack])
+                tokens_E = torch.tensor([float(moments.tokens[input_key(name)]) for name in stack])
                 consumers.append((torch.stack([self._weight(name) for name in stack]), hessian_EKK, tokens_E))
+            if not consumers:
+                continue
             factor_K = method.factors(consumers, grid)
             for key in {input_key(name) for name in names} & moments.sums.keys():
                 moments.sums[key] = fold_hessian(moments.sums[key], factor_K)

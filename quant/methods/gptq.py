@@ -15,29 +15,36 @@ from torch import Tensor
 
 from quant.formats.grid import Grid, Parameters
 from quant.methods.method import Method, importance, output_error, per_column
+from quant.methods.refinement import descend, refit_scales
 
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Gptq(Method):
-    damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean."""
+    corrects = True
+    damping: float = 0.05
+    """Added to the Hessian's diagonal, as a share of its mean: what few tokens cannot tell is not believed."""
+    rounds: int = 3
+    """Times that scales are fitted to the codes and codes to each other afterwards (`refinement`)."""
 
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:
-        weight_ENK = weight_ENK.float()
+        weight_ENK, hessian_EKK = weight_ENK.float(), damped(hessian_EKK, self.damping)
         parameters = grid.search(weight_ENK, importance(hessian_EKK))
-        return self.sweep(weight_ENK, grid, parameters, hessian_EKK), parameters
+        codes_ENK = self.sweep(weight_ENK, grid, parameters, hessian_EKK)
+        for _ in range(self.rounds):
+            parameters = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
+            codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
+        return codes_ENK, parameters
 
     def sweep(self, weight_ENK: Tensor, grid: Grid, parameters: Parameters, hessian_EKK: Tensor) -> Tensor:
-        """Codes for given parameters; a layer whose Hessian cannot be factored, or helps nothing, is rounded to nearest.
+        """Codes for given parameters, by one sweep over the columns with an already damped Hessian.
 
-        "Nothing": the output error over the calibration inputs is no smaller than that of rounding to nearest, row by
-        row; the rule makes the method never worse than rounding to nearest on its own objective.
+        A row whose output error is then no smaller than that of rounding to nearest is rounded to nearest.
         """
         nearest_ENK = grid.encode(weight_ENK, parameters)
         order_EK = torch.argsort(hessian_EKK.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-        factor_EKK = inverse_factor(_reorder(damped(hessian_EKK, self.damping), order_EK))
+        factor_EKK = inverse_factor(_reorder(hessian_EKK, order_EK))
         codes_ENK = torch.empty_like(nearest_ENK)
         place_ENK = order_EK[:, None].expand(weight_ENK.shape)
         swept_ENK = _sweep_columns(weight_ENK.gather(2, place_ENK), grid, _columns(parameters, place_ENK), factor_EKK)

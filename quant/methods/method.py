@@ -21,6 +21,9 @@ class Method(ABC):
     folds = False
     """Moves scales into the layer before, which changes tensors that are not quantised (`quant.methods.folds`)."""
 
+    corrects = False
+    """Aims at what the unquantised model puts out, not at what its own weights make of inexact inputs (`targets`)."""
+
     @abstractmethod
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:
         """Codes int8 [E, N, K] and their parameters, for finite weights."""
