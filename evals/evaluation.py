@@ -22,6 +22,7 @@ from evals.rows import Rows
 from evals.scores import Scores, score_rows
 from herd.data.tokenizer import describe_difference
 from herd.run.errors import ConfigError, DataError
+from quant.sections import read_section
 
 
 def evaluate(
@@ -102,10 +103,16 @@ def check_tokens(loaded: Loaded, rows: Rows) -> None:
 
 
 def read_scheme(folder: str | Path) -> str | None:
-    """`int4`, `fp8`, `nf4`, ... of a quantised folder, from its config.json; None for a plain one."""
+    """`int4`, `fp8`, `nf4`, ... of a quantised folder, from its config.json; None for a plain one.
+
+    By the names of `quant.readers.SCHEMES` for exports of this package, else by what the format's own fields say.
+    """
     settings = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config")
     if settings is None:
         return None
+    scheme, _, _ = read_section(settings)
+    if scheme is not None:
+        return scheme.name
     if settings["quant_method"] != "compressed-tensors":
         return settings.get("bnb_4bit_quant_type", settings["quant_method"])
     weights = next(iter(settings["config_groups"].values()))["weights"]

@@ -1,4 +1,4 @@
-"""Bytes a model folder takes and bits it spends per weight, read from safetensors headers; no weight is loaded.
+"""Bytes a model folder takes and bits it spends per weight, read from the files' headers; no weight is loaded.
 
 disk = measure_disk(folder); parameters = count_parameters(folder)
 """
@@ -12,17 +12,19 @@ from pathlib import Path
 
 from herd.run.errors import DataError
 
-# A module with one of these beside its weight is stored quantised (compressed-tensors; bitsandbytes NF4).
-_MARKS = (".weight_packed", ".weight_scale", ".weight.absmax")
+# A module with one of these beside its weight is stored quantised (compressed-tensors, fine-grained fp8, NF4).
+_MARKS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file."""
+    """One tensor of a file."""
 
     name: str
     elements: int
     data_bytes: int
+    in_blocks: bool = False
+    """Of quantised weights (GGUF)."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Disk:
 def measure_disk(folder: str | Path) -> Disk:
     """Sizes of a model folder. Raises DataError when it has no readable safetensors file."""
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     if not files:
-        raise DataError(f"{folder}: no *.safetensors file; give the folder of a saved model")
+        raise DataError(f"{folder}: no *.safetensors or *.gguf file; give the folder of a saved model")
     stored = [tensor for file in files for tensor in read_header(file)]
     modules = {tensor.name[: -len(mark)] for tensor in stored for mark in _MARKS if tensor.name.endswith(mark)}
-    quantised = [tensor for tensor in stored if _module(tensor.name) in modules]
+    quantised = [tensor for tensor in stored if tensor.in_blocks or _module(tensor.name) in modules]
     quantised_names = {tensor.name for tensor in quantised}
     return Disk(
         weight_files=sum(file.stat().st_size for file in files),
@@ -70,7 +72,9 @@ def _module(name: str) -> str:
 
 
 def read_header(file: Path) -> list[Stored]:
-    """Tensors of one safetensors file. Raises DataError when the file is cut short or is something else."""
+    """Tensors of one safetensors or GGUF file. Raises DataError when the file is cut short or is something else."""
+    if file.suffix == ".gguf":
+        return _read_gguf(file)
     size = file.stat().st_size
     try:
         with file.open("rb") as handle:
@@ -86,6 +90,15 @@ def read_header(file: Path) -> list[Stored]:
     if expected != size:
         raise DataError(f"{file}: {size} bytes, its header describes {expected}; copy or export it again")
     return stored
+
+
+def _read_gguf(file: Path) -> list[Stored]:
+    from quant.gguf.reading import open_gguf
+
+    return [
+        Stored(tensor.name, int(tensor.n_elements), int(tensor.n_bytes), tensor.tensor_type.name.startswith("Q"))
+        for tensor in open_gguf(file).tensors
+    ]
 
 
 def _stored(name: str, facts: dict) -> Stored:

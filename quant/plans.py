@@ -15,7 +15,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.run.errors import ConfigError, DataError, NumericalError
 from quant.architectures import (
@@ -146,11 +146,20 @@ def make_plan(source: Source, scheme: Scheme, *, ignore: Sequence[str] = ()) -> 
         raise ConfigError(f"ignore = {list(ignore)} splits layers that servers merge ({split[0]}); ignore all of them")
     for layer in layers:
         scheme.check(layer.name, layer.shape)
-    if scheme.container != GGUF:  # the gate reloads it with transformers
-        check_reader(scheme.name, scheme.container, "transformers", moe=has_experts(skeleton))
+    _check_readable(scheme, skeleton)
     kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
     before = sum(header_bytes(source.headers[name]) for name in {layer.source for layer in layers} | set(kept))
     return Plan(scheme, source.config, layers, kept, ignored, before, order)
+
+
+def _check_readable(scheme: Scheme, skeleton: PreTrainedModel) -> None:
+    """Raise ConfigError when the program that is to read the export cannot take this model."""
+    if scheme.container == GGUF:
+        from quant.gguf.metadata import metadata
+
+        metadata(skeleton.config, kind=scheme.format.kind, name="")
+    else:  # the gate reloads it
+        check_reader(scheme.name, scheme.container, "transformers", moe=has_experts(skeleton))
 
 
 def finite(tensor: Tensor, name: str, place: str) -> Tensor:

@@ -78,21 +78,11 @@ def layout(config: PretrainedConfig, skeleton: PreTrainedModel, quantised: set[s
     for group, sources in grouped.items():
         mapped = names.get_name(group, try_suffixes=(".weight", ".bias"))
         if mapped is None:
-            raise ConfigError(
-                f"{group}: llama.cpp's {names.mapping and gguf_architecture(config).name} has no such tensor"
-            )
+            raise ConfigError(f"{group}: llama.cpp's {gguf_architecture(config).name} has no such tensor")
         shape = shapes[sources[0]] if group == sources[0] else (len(sources), *shapes[sources[0]])
-        is_quantised = sources[0].removesuffix(".weight") in quantised
-        precise = len(shape) == 1 or PRECISE.search(group)
-        entries.append(
-            Entry(
-                mapped,
-                tuple(sources),
-                kind if is_quantised else "F32" if precise else "BF16",
-                shape,
-                _heads(config, group),
-            )
-        )
+        plain = "F32" if len(shape) == 1 or PRECISE.search(group) else "BF16"
+        stored = kind if sources[0].removesuffix(".weight") in quantised else plain
+        entries.append(Entry(mapped, tuple(sources), stored, shape, _heads(config, group)))
     return entries
 
 
