@@ -44,6 +44,8 @@ class QuantizedModel:
     method: str = "rtn"
     coverage: Callable[[], dict[str, Any]] | None = None
     """What a calibrated method saw of every expert (`quant.calibration.coverage`)."""
+    scratch_bytes: int = 0
+    """Disk that a calibrated method needs beside the export until it is done."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -107,15 +109,14 @@ def quantize(
             raise ConfigError(f"method = {method}: needs calibration rows; give `calibration`, or use rtn or hqq")
         made = CalibratedTensors(plan, source, make_method(method), calibration)
         tensors = made if folder else dict(made.items())
-        return QuantizedModel(plan, tensors, source.generation, folder, method, made.coverage)
+        scratch_bytes = made.scratch_bytes if calibration.work else 0
+        return QuantizedModel(plan, tensors, source.generation, folder, method, made.coverage, scratch_bytes)
     ranges = RangeBook(plan, source, input_absmax)
     tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
     return QuantizedModel(plan, tensors if folder else dict(tensors.items()), source.generation, folder, method)
 
 
-def compress_layer(
-    plan: Plan, source: Source, ranges: RangeBook, method: Method, layer: Layer
-) -> dict[str, Tensor]:
+def compress_layer(plan: Plan, source: Source, ranges: RangeBook, method: Method, layer: Layer) -> dict[str, Tensor]:
     """The stored tensors of one layer, by suffix, without calibration."""
     weight_NK = plan.read_layer(source, layer)
     if isinstance(method, Rtn):

@@ -174,6 +174,6 @@ def find_layers(model: nn.Module) -> str:
     if len(found) != 1:
         kind = type(model).__name__
         raise ConfigError(
-            f"{kind}: {len(found)} lists of {depth} decoder layers found, one is needed to calibrate; use method rtn or hqq"
+            f"{kind}: {len(found)} lists of {depth} decoder layers found, calibration needs one; use method rtn or hqq"
         )
     return found[0]

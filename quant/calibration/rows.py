@@ -1,7 +1,7 @@
 """The token rows a method is calibrated on.
 
-    rows = calibration_rows(data, model_folder, rows=128)      # the data's calibration part, or all of a foreign file
-    rows.tokens_NT, rows.fingerprint
+rows = calibration_rows(data, model_folder, rows=128)      # the data's calibration part, or all of a foreign file
+rows.tokens_NT, rows.fingerprint
 """
 
 import hashlib

@@ -54,6 +54,12 @@ class CalibratedTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._headers)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the work folder, at most: quantised layers, and the hidden states on both sides of a layer."""
+        states = 2 * self._calibration.rows.tokens_NT.numel() * self._plan.config.get_text_config().hidden_size
+        return self._plan.bytes_after + states * (4 if self._method.corrects else 2)
+
     def coverage(self) -> dict[str, Any]:
         """What calibration saw (`coverage_report`); finishes every layer."""
         self._walk.advance(len(self._walk.decoder) - 1)

@@ -1,6 +1,6 @@
 """Methods by name: what each does, whether it needs calibration rows, which schemes it works for. No torch.
 
-    check_method("gptq", "int4")                # ConfigError, one line
+check_method("gptq", "int4")                # ConfigError, one line
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Codes and scales made better by turns: scales fitted to the codes, then each code to all the others.
+"""Codes and scales made better by turns: scales fitted to the codes, then each code to all others (coordinate descent).
 
-    parameters = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)      # least squares, closed form
-    codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)            # one round of coordinate descent
+    parameters = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)      # least squares
+    codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)            # one round of it
 
 Neither ever raises the output error e H e^T of a row. E, N, K, G as in `method`, S weights of a group, B columns of a
 block.
@@ -37,9 +37,7 @@ def refit_scales(
     return Parameters(scale_ENG, parameters.zero_NG)
 
 
-def descend(
-    weight_ENK: Tensor, codes_ENK: Tensor, parameters: Parameters, hessian_EKK: Tensor, grid: Grid
-) -> Tensor:
+def descend(weight_ENK: Tensor, codes_ENK: Tensor, parameters: Parameters, hessian_EKK: Tensor, grid: Grid) -> Tensor:
     """Every code once set to the best one given all other codes of its row, by falling diagonal of the mean Hessian."""
     columns = weight_ENK.shape[-1]
     order_K = torch.argsort(hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(0), descending=True, stable=True)

@@ -1,6 +1,6 @@
 """Round to nearest: the grid's own searched parameters.
 
-    codes_ENK, parameters = Rtn().round(weight_ENK, grid, None)
+codes_ENK, parameters = Rtn().round(weight_ENK, grid, None)
 """
 
 from dataclasses import dataclass

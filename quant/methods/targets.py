@@ -2,8 +2,8 @@
 
 target_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
 
-With x the input here and y the same token's input in the unquantised model, |W y - V x|^2 is least for V = W (I + C H^-1),
-C the mean of (y - x) x^T and H that of x x^T. E, N, K as in `method`.
+With x the input here and y the same token's in the unquantised model, |W y - V x|^2 is least for V = W (I + C H^-1), C
+the mean of (y - x) x^T and H that of x x^T. E, N, K as in `method`.
 """
 
 import torch
