@@ -11,6 +11,7 @@ B rows, T tokens, H hidden size. Rows are whole: no padding, so that masks depen
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class Decoder:
         return torch.func.functional_call(embedding, {"weight": weight_VH}, (tokens_BT,))
 
     def _check_chain(self, catchers: nn.ModuleList) -> None:
-        for before, after in zip(catchers[:-1], catchers[1:], strict=True):
+        for before, after in pairwise(catchers):
             if after.hidden is not before.hidden:
                 raise ConfigError(
                     f"{architecture(self._plan.config)} changes what passes between its layers, which a calibrated "

@@ -3,8 +3,8 @@
     codes_ENK, parameters = Hqq().round(weight_ENK, grid, None)
 
 min sum |w - s (q - z)|^p over the parameters, by turns: e <- shrink(w - s (q - z)), the errors taken as outliers, then
-parameters fitted to w - e by least squares. Published for the zero alone; a symmetric grid has none, so there the scale
-is fitted. Starts from round to nearest and keeps, for each group, the best parameters met. E, N, K, G, S as in
+parameters fitted to w - e by least squares. Published for a real zero alone; here zeros are integers, or absent, so
+the scale is fitted too. Starts from round to nearest and keeps, for each group, the best parameters met. E, N, K, G, S as in
 `method`, S weights in a group.
 """
 
@@ -28,11 +28,13 @@ class Hqq(Method):
 
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:
         best = grid.search(weight_ENK)
-        current, beta = best, self.beta
+        scale_ENG, beta = best.scale_NG, self.beta
+        zero_ENG = torch.zeros_like(scale_ENG) if best.zero_NG is None else best.zero_NG.float()
         least_ENG = self.objective(weight_ENK, grid, best)
         for _ in range(self.steps):
-            current = self._step(weight_ENK, grid, current, beta)
+            scale_ENG, zero_ENG = self.step(weight_ENK, grid, scale_ENG, zero_ENG, beta)
             beta *= self.growth
+            current = Parameters(scale_ENG, None if grid.symmetric else zero_ENG.round().to(torch.int8))
             error_ENG = self.objective(weight_ENK, grid, current)
             wins_ENG = error_ENG < least_ENG
             best = select(wins_ENG, current, best)
@@ -44,21 +46,20 @@ class Hqq(Method):
         error_ENK = weight_ENK.float() - grid.decode(grid.encode(weight_ENK, parameters), parameters).float()
         return error_ENK.abs().pow(self.power).unflatten(-1, (parameters.scale_NG.shape[-1], -1)).sum(-1)
 
-    def _step(self, weight_ENK: Tensor, grid: Grid, parameters: Parameters, beta: float) -> Parameters:
-        groups = parameters.scale_NG.shape[-1]
-        weight_ENGS = weight_ENK.float().unflatten(-1, (groups, -1))
-        codes_ENGS = grid.encode(weight_ENK, parameters).unflatten(-1, (groups, -1)).float()
-        scale_ENG1 = parameters.scale_NG[..., None]
-        zero_ENG1 = 0.0 if parameters.zero_NG is None else parameters.zero_NG[..., None].float()
+    def step(
+        self, weight_ENK: Tensor, grid: Grid, scale_ENG: Tensor, zero_ENG: Tensor, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """The next scales, as stored, and zeros, which stay real numbers between steps."""
+        weight_ENGS = weight_ENK.float().unflatten(-1, (scale_ENG.shape[-1], -1)) / scale_ENG[..., None]
+        codes_ENGS = (weight_ENGS + zero_ENG[..., None]).round().clamp(grid.lowest, grid.highest)
         # Errors in units of the scale, so that one beta suits weights of any size.
-        outlier_ENGS = self._shrink(weight_ENGS / scale_ENG1 - (codes_ENGS - zero_ENG1), beta) * scale_ENG1
-        clean_ENGS = weight_ENGS - outlier_ENGS
-        if parameters.zero_NG is not None:
-            zero_ENG = (codes_ENGS - clean_ENGS / scale_ENG1).mean(-1).round().clamp(grid.lowest, grid.highest)
-            return Parameters(parameters.scale_NG, zero_ENG.to(torch.int8))
-        square_ENG = codes_ENGS.square().sum(-1)
-        fitted_ENG = (codes_ENGS * clean_ENGS).sum(-1) / square_ENG.clamp(min=1)
-        return Parameters(grid.storable(torch.where(square_ENG > 0, fitted_ENG, parameters.scale_NG)))
+        clean_ENGS = weight_ENGS - self._shrink(weight_ENGS - (codes_ENGS - zero_ENG[..., None]), beta)
+        if not grid.symmetric:
+            zero_ENG = (codes_ENGS - clean_ENGS).mean(-1).clamp(grid.lowest, grid.highest)
+        centred_ENGS = codes_ENGS - zero_ENG.round()[..., None]
+        square_ENG = centred_ENGS.square().sum(-1)
+        change_ENG = (centred_ENGS * clean_ENGS).sum(-1) / square_ENG.clamp(min=1)
+        return grid.storable(torch.where(square_ENG > 0, scale_ENG * change_ENG, scale_ENG)), zero_ENG
 
     def _shrink(self, error: Tensor, beta: float) -> Tensor:
         """The generalised soft threshold for the p-norm."""

@@ -22,7 +22,7 @@ def refit_scales(
     weight_ENK: Tensor, codes_ENK: Tensor, parameters: Parameters, hessian_EKK: Tensor, grid: Grid
 ) -> Parameters:
     """The scales that minimise e H e^T of each row for given codes, as stored; old ones where those are no better."""
-    layers, rows, columns = weight_ENK.shape
+    layers, rows, _ = weight_ENK.shape
     groups = parameters.scale_NG.shape[-1]
     step = max(1, SYSTEM_BYTES // (4 * layers * groups * groups))
     fitted = []
