@@ -51,6 +51,10 @@ class Walk:
                 index = int(layer.name.removeprefix(f"{self.decoder.prefix}.").partition(".")[0])
                 self._of.setdefault(index, []).append(layer)
 
+    def layers_of(self, index: int) -> list[Layer]:
+        """What is quantised of a decoder layer."""
+        return self._of.get(index, [])
+
     def layer_of(self, name: str) -> int | None:
         """The decoder layer a tensor belongs to; None for those outside."""
         inside = name.startswith(f"{self.decoder.prefix}.")
@@ -94,7 +98,7 @@ class Block:
         self._index = index
         self._module = module
         self._prefix = f"{walk.decoder.prefix}.{index}."
-        self._layers = {layer.name: layer for layer in walk._of.get(index, [])}
+        self._layers = {layer.name: layer for layer in walk.layers_of(index)}
         self.tensors: dict[str, Tensor] = {}
         """Stored tensors of the quantised layers, and kept ones that folding changed."""
         self.inputs: dict[str, dict[str, Any]] = {}
@@ -107,7 +111,7 @@ class Block:
         if method.folds and self._layers:
             # Factors move between stages, so that all of them are measured before anything is rounded.
             moments = self._measure(list(self._layers))
-            self._fold(moments)
+            self.fold(moments)
             self._round(list(self._layers), moments)
             return
         for names in stages(self._layers):
@@ -184,7 +188,7 @@ class Block:
             self._originals[name], self._rounded[name] = part.weight.data, decoded_ENK[at].clone()
             part.weight.data = self._rounded[name]
 
-    def _fold(self, moments: Moments) -> None:
+    def fold(self, moments: Moments) -> None:
         """Move factors into norms and up projections, in the module and in the moments."""
         grid, method = self._walk._plan.scheme.grid, self._walk._method
         relative = [name.removeprefix(self._prefix) for name in self._layers]

@@ -2,7 +2,7 @@
 
     codes_ENK, parameters = Hqq().round(weight_ENK, grid, None)
 
-min sum |w - s (q - z)|^p over the parameters, by turns: e <- shrink(w - s (q - z)), the errors taken as outliers, then
+min sum |w - s (q - z)|^p over the parameters, by turns: e <- shrink(w - s (q - z)), what counts as outliers, then
 parameters fitted to w - e by least squares. Published for a real zero alone; here zeros are integers, or absent, so
 the scale is fitted too. Starts from round to nearest and keeps, for each group, the best parameters met. E, N, K, G, S as in
 `method`, S weights in a group.
