@@ -22,6 +22,7 @@ from evals.rows import Rows
 from evals.scores import Scores, score_rows
 from herd.data.tokenizer import describe_difference
 from herd.run.errors import ConfigError, DataError
+from quant.readers import SCHEMES
 from quant.sections import read_section
 
 
@@ -105,14 +106,16 @@ def check_tokens(loaded: Loaded, rows: Rows) -> None:
 def read_scheme(folder: str | Path) -> str | None:
     """`int4`, `fp8`, `nf4`, ... of a quantised folder, from its config.json; None for a plain one.
 
-    By the names of `quant.readers.SCHEMES` for exports of this package, else by what the format's own fields say.
+    By the names of `quant.readers.SCHEMES` for exports of this package (with the container, where it is not the usual
+    one: `int4-gguf`), else by what the format's own fields say.
     """
     settings = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config")
     if settings is None:
         return None
     scheme, _, _ = read_section(settings)
     if scheme is not None:
-        return scheme.name
+        usual = scheme.container == SCHEMES[scheme.name].containers[0]
+        return scheme.name if usual else f"{scheme.name}-{scheme.container}"
     if settings["quant_method"] != "compressed-tensors":
         return settings.get("bnb_4bit_quant_type", settings["quant_method"])
     weights = next(iter(settings["config_groups"].values()))["weights"]

@@ -20,6 +20,7 @@ from transformers.quantizers.base import SequentialLlama4TextExperts
 from herd.run.errors import ConfigError, DataError
 
 LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+ADDING = "to add one, give quant/architectures.py its layers and names (docs/quantisation.md)"
 SUPPORTED = "Llama4ForCausalLM and any transformers causal LM whose experts, if any, are plain nn.Linear layers"
 
 
@@ -96,7 +97,7 @@ def architecture(config: PretrainedConfig) -> str:
     """Name of the model's class; DataError when config.json names none or one transformers lacks."""
     names = config.architectures or []
     if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}")
+        raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}; {ADDING}")
     return names[0]
 
 
@@ -127,7 +128,9 @@ def check_layout(skeleton: PreTrainedModel) -> None:
     for name, parameter in skeleton.named_parameters():
         owner = skeleton.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 3 and not isinstance(owner, Llama4TextExperts | nn.Conv1d):
-            raise ConfigError(f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}")
+            raise ConfigError(
+                f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}; {ADDING}"
+            )
 
 
 def tied_names(model: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ check.passed, check.detail
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from math import prod
@@ -27,6 +28,7 @@ from quant.architectures import (
 )
 from quant.formats.format import Header
 from quant.loading import load_with_info
+from quant.plans import QUANTISED
 from quant.probes import Probe, digest_weights, take_probe
 from quant.readers import readers
 from quant.reports import Check
@@ -35,8 +37,6 @@ from quant.sections import read_section
 from quant.shards import StoredTensors, tensor_bytes
 
 SAMPLE_TOKENS = 16
-# A module with one of these is stored quantised.
-SCALES = (".weight_scale", ".weight_scale_inv", ".weight.absmax")
 
 
 def check_configuration(config: PretrainedConfig) -> tuple[Check, Scheme | None, list[str]]:
@@ -101,7 +101,7 @@ def _compare_headers(
 
 def check_merged(config: PretrainedConfig, ignored: list[str], headers: dict[str, Header]) -> Check:
     """Layers a server merges are of one scheme, and those that must stay unquantised do."""
-    stored = {owner(name) for name in headers if name.endswith(SCALES)}
+    stored = {owner(name) for name in headers if name.endswith(QUANTISED)}
     faults = split_groups(stored, set(ignored))
     faults += [
         f"{name} is quantised, but {reason}" for name in sorted(stored) if (reason := kept_because(name, config))
@@ -175,6 +175,17 @@ def digest_files(folder: Path) -> dict[str, str]:
     """sha256 of the files with weights and of config.json."""
     paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
     return {path.name: sha256(path) for path in paths}
+
+
+def check_files(folder: Path) -> Iterator[Check]:
+    """The files are those the gate passed when they were written; nothing to say for a folder without its report."""
+    path = folder / "gate.json"
+    if not path.is_file():
+        return
+    wanted, found = json.loads(path.read_text())["files"], digest_files(folder)
+    changed = sorted(name for name in wanted if wanted[name] != found.get(name))
+    detail = f"{_few(changed)} differs from gate.json; copy it again" if changed else f"{len(wanted)} as in gate.json"
+    yield Check("files", not changed, detail)
 
 
 def _describe(header: Header) -> str:

@@ -42,6 +42,8 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iter
     from quant import checks
     from quant.sources import read_config
 
+    if probe is None:
+        yield from checks.check_files(folder)
     config = read_config(folder)
     configuration, scheme, ignored = checks.check_configuration(config)
     yield configuration

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
@@ -71,6 +71,12 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def _settings(section: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` must be told for a container, so that weights end up unpacked on the CPU everywhere."""
+    if section["quant_method"] == "bitsandbytes":
+        return {"device_map": {"": "cpu"}}
+    if section["quant_method"] == "fp8":
+        kept = section["modules_to_not_convert"]
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True, modules_to_not_convert=kept)}
     # compressed-tensors (0.20) expects packed zeros in another shape than it writes, unless it unpacks while loading.
     asymmetric = any(not group["weights"]["symmetric"] for group in section.get("config_groups", {}).values())
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}

@@ -35,6 +35,8 @@ from quant.schemes import Scheme
 from quant.sources import Source
 
 USER = "asked for with --ignore"
+# What only a quantised layer has.
+QUANTISED = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax")
 # Stored with every layer, whatever its size: neither codes nor scales.
 OVERHEAD = {"weight_shape", "weight.quant_map", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4"}
 
@@ -178,6 +180,10 @@ def header_bytes(header: Header) -> int:
 
 
 def _check_tensors(source: Source, fused: nn.Module) -> None:
+    for name in sorted(source.headers):
+        if name.endswith(QUANTISED):
+            layer = name.partition(".weight")[0]
+            raise DataError(f"{source.place}: {layer} is already quantised ({name}); start from the unquantised model")
     expected = {name: tuple(tensor.shape) for name, tensor in fused.state_dict().items()}
     tied = tied_names(fused)
     for name in sorted(expected.keys() - source.headers.keys() - tied):
@@ -189,7 +195,7 @@ def _check_tensors(source: Source, fused: nn.Module) -> None:
         if name in source.headers and source.headers[name][1] != shape:
             raise DataError(f"{source.place}: {name} has shape {source.headers[name][1]}, config.json says {shape}")
         if name in source.headers and source.headers[name][0] is None:
-            raise DataError(f"{source.place}: {name} is stored in a dtype that is not plain floating point")
+            raise DataError(f"{source.place}: {name} is not stored in plain floating point; start from such a model")
 
 
 def _ignored(linears: dict[str, tuple], config: PretrainedConfig, patterns: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from herd.run.errors import DataError
+from herd.run.files import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -59,6 +60,7 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.config = read_config(folder)
+        check_sums(folder)
         self.generation = _read_generation(folder / "generation_config.json")
         self.place = str(folder)
         self._folder = folder
@@ -122,6 +124,20 @@ def read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def check_sums(folder: Path) -> None:
+    """Where the folder has a SHA256SUMS (as `sha256sum *` writes it), every listed file must be there and match."""
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        return
+    for line in sums.read_text().splitlines():
+        digest, _, name = line.partition(" ")
+        path = folder / name.strip().removeprefix("*")
+        if not path.is_file():
+            raise DataError(f"{path} is missing (SHA256SUMS lists it); copy it again")
+        if sha256(path) != digest:
+            raise DataError(f"{path} does not have the checksum that SHA256SUMS gives; copy it again")
 
 
 def _read_generation(path: Path) -> dict[str, Any]:

@@ -195,8 +195,19 @@ def test_a_truncated_export_is_refused(sound: Sound, tmp_path: Path):
 
 def test_the_command_prints_every_check_and_its_exit_code_tells(sound: Sound, tmp_path: Path, capsys):
     assert gate.main([str(sound.folder)]) == 0
-    assert capsys.readouterr().out.count("ok  ") == 6
+    assert capsys.readouterr().out.count("ok  ") == 7
     shutil.copytree(sound.folder, tmp_path / "copy")
     (tmp_path / "copy" / "config.json").unlink()
     assert gate.main([str(tmp_path / "copy"), "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+def test_a_file_that_changed_after_the_gate_is_named(sound: Sound, tmp_path: Path):
+    folder = shutil.copytree(sound.folder, tmp_path / "copy")
+    assert gate.inspect(folder).passed
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    report = gate.inspect(folder)
+    assert "files: model.safetensors differs from gate.json; copy it again" in report.reason

@@ -56,6 +56,15 @@ def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
     assert (lineage["role"], lineage["student"], lineage["scheme"]) == ("export", "maverick", "int4-g32")
 
 
+def test_a_gguf_file_is_made_and_described(folders, tmp_path, capsys):
+    more = ["--group-size", "32", "--container", "gguf", "--reader", "llama.cpp"]
+    assert main([*command(folders, tmp_path), *more]) == 0
+    shown = capsys.readouterr().out
+    assert "int4-g32 (Q4_0)" in shown and "ok   metadata" in shown
+    assert (tmp_path / "out" / "model.gguf").is_file()
+    assert "--container gguf" in json.loads((tmp_path / "out" / "lineage.json").read_text())["command"]
+
+
 @pytest.mark.parametrize(
     "more, code, line",
     [

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import quant
 from herd.run.errors import ConfigError, DataError, NumericalError
+from herd.run.files import sha256
 from quant.plans import make_plan
 from quant.schemes import Scheme
 from quant.sources import open_source
@@ -200,3 +201,27 @@ def test_missing_strange_and_misshapen_tensors_are_named(folders, tmp_path):
     cut = edit(copy(folders["llama"], tmp_path / "cut"), lambda t: t.update({name: t[name][:50].clone()}))
     with pytest.raises(DataError, match=rf"{name} has shape \(50, 64\)"):
         quant.quantize(cut, scheme="int4")
+
+
+def test_a_layer_that_is_quantised_already_is_named(folders, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    half = edit(copy(folders["llama"], tmp_path / "half"), lambda t: t.update({name: torch.ones(96, 1)}))
+    with pytest.raises(DataError, match=r"model\.layers\.0\.mlp\.up_proj is already quantised"):
+        quant.quantize(half, scheme="int4")
+    weight = "model.layers.1.mlp.up_proj.weight"
+    coded = edit(copy(folders["llama"], tmp_path / "coded"), lambda t: t.update({weight: t[weight].to(torch.int8)}))
+    with pytest.raises(DataError, match=f"{weight} is not stored in plain floating point"):
+        quant.quantize(coded, scheme="int4")
+
+
+def test_a_wrong_checksum_names_the_file(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    assert quant.quantize(folder, scheme="fp8").plan.layers
+    edit(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    with pytest.raises(DataError, match=r"model\.safetensors does not have the checksum"):
+        quant.quantize(folder, scheme="fp8")
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(DataError, match=r"generation_config\.json is missing \(SHA256SUMS lists it\)"):
+        quant.quantize(folder, scheme="fp8")

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -33,16 +34,13 @@ from quant.formats.blocks import Blocks
 from quant.formats.format import Ranges
 from quant.formats.grid import Grid
 from quant.gate_process import GateProcess
+from quant.gguf.layout import layout
+from quant.gguf.metadata import context_length, metadata, rope_factors
+from quant.gguf.reading import MODEL, open_gguf, read_headers, read_values
+from quant.gguf.tokenizer import splitter, tokenizer_metadata
 from quant.readers import GGUF
 from quant.sources import ModelSource
 from tests.quant.tiny_models import build_llama, build_llama4
-
-gguf = pytest.importorskip("gguf")
-
-from quant.gguf.layout import layout  # noqa: E402
-from quant.gguf.metadata import context_length, metadata, rope_factors  # noqa: E402
-from quant.gguf.reading import MODEL, open_gguf, read_headers, read_values  # noqa: E402
-from quant.gguf.tokenizer import splitter, tokenizer_metadata  # noqa: E402
 
 BLOCKS = [Blocks(Grid(bits, True, 32, half=True)) for bits in (4, 8)]
 LLAMA3_ROPE = {
@@ -197,7 +195,7 @@ def test_evaluations_read_the_folder(exported):
     _, folder = exported["scout", "int4"]
     disk = measure_disk(folder)
     assert disk.quantised_bits_per_weight(count_parameters(folder)) == 4.5
-    assert read_scheme(folder) == "int4" and evals.load(folder).model.config.num_hidden_layers == 4
+    assert read_scheme(folder) == "int4-gguf" and evals.load(folder).model.config.num_hidden_layers == 4
 
 
 def test_the_same_model_gives_the_same_file_from_memory_and_from_a_folder(
