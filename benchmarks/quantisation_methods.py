@@ -2,9 +2,9 @@
 
     python benchmarks/quantisation_methods.py --model runs/nano/students/scout [--group-sizes 64 128] [--draws 2]
 
-One rounding of one model is a noisy sample, so hidden channels are shuffled (which leaves the function as it is) and
-every method runs on every shuffle. KL is that of the bf16 models as they run; "same routes" is in fp32 with the
-unquantised model's routes, which leaves out tokens whose router was a toss-up. Writes results/quantisation_methods.json.
+One rounding of one model is a noisy sample, so hidden channels are shuffled (which leaves the function as it is)
+and every method runs on every shuffle. KL is that of the bf16 models as they run; "same routes" is in fp32 with the
+unquantised model's routes, without tokens whose router was a toss-up. Writes results/quantisation_methods.json.
 
 N rows, T tokens, V vocabulary, E experts, M scored tokens.
 """
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from int4_scales import shuffle
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 import quant
-from int4_scales import shuffle
 from herd.data.streams import fixed_batches
 from herd.data.tokenizer import load_tokenizer
 from herd.llama4 import use_sparse_experts
@@ -158,8 +158,8 @@ def main() -> int:
     table = measure(options)
     for row in table:
         print(
-            f"g{row['group_size']:<4d}{row['method']:10s} KL {row['kl']:.5f} (x{row['kl_ratio']:.3f})  p99 {row['kl_p99']:.4f}"
-            f"  top-1 {row['top1_agreement']:.4f}  same routes {row['kl_same_routes']:.5f}"
+            f"g{row['group_size']:<4d}{row['method']:10s} KL {row['kl']:.5f} (x{row['kl_ratio']:.3f})"
+            f"  p99 {row['kl_p99']:.4f}  top-1 {row['top1_agreement']:.4f}  same routes {row['kl_same_routes']:.5f}"
             f" (x{row['kl_same_routes_ratio']:.3f})  {row['seconds']:.0f} s"
         )
     RESULTS.parent.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from herd.run.tracking import Tracker
 from quant.calibration.draw import draw
 from quant.exports import COVERAGE
 from quant.gate_process import GateProcess
-from quant.methods.names import METHODS
+from quant.methods.names import reads_rows
 from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
@@ -90,7 +90,7 @@ def compress(
     if not folder.exists():
         source = run_folder / "students" / student
         calibration = None
-        if METHODS[settings.method].calibrated:
+        if reads_rows(settings.method, settings.scheme):
             calibration = draw(settings.calibration, config.data, source, out=folder)
         quantized = quant.quantize(
             source,
@@ -107,7 +107,7 @@ def compress(
             rows = calibration.rows
             child.dataset("calibration rows", rows.source, rows.fingerprint, "calibration")
         quant.export(quantized, folder, lineage=lineage, gate=gate)
-        if calibration is not None:
+        if (folder / COVERAGE).is_file():
             summary = json.loads((folder / COVERAGE).read_text())["summary"]
             child.metrics({f"calibration/{key}": float(value) for key, value in summary.items()}, step=config.run.steps)
         print(f"{name}: exported and checked, {folder}")

@@ -263,6 +263,7 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], cal
     tracker.artifact(options.out / "README.md")
     if calibration is not None:
         tracker.dataset("calibration rows", calibration.rows.source, calibration.rows.fingerprint, "calibration")
+    if (options.out / "calibration.json").is_file():
         tracker.artifact(options.out / "calibration.json")
         seen = json.loads((options.out / "calibration.json").read_text())["summary"]
         tracker.metrics({f"calibration/{key}": float(value) for key, value in seen.items()}, 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from herd.run.errors import ConfigError
 from herd.run.schema import Calibrate, Data
-from quant.methods.names import METHODS, check_method
+from quant.methods.names import METHODS, check_method, reads_rows
 
 if TYPE_CHECKING:
     from quant.calibration.settings import Calibration
@@ -42,7 +42,7 @@ def check_method_options(options: argparse.Namespace) -> None:
     """Raise ConfigError for what does not go together; names the option."""
     check_method(options.method, options.scheme)
     given = [name for name in CALIBRATED if getattr(options, name) is not None]
-    if given and not METHODS[options.method].calibrated:
+    if given and not reads_rows(options.method, options.scheme):
         flag = "--" + given[0].replace("_", "-")
         calibrated = " or ".join(name for name, kind in METHODS.items() if kind.calibrated)
         raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
@@ -70,8 +70,10 @@ def data_of(options: argparse.Namespace) -> Data:
 
     known = read_lineage(options.model).get("data_config")
     if known is None and options.calibration is None:
-        raise ConfigError(f"--method {options.method}: {options.model} does not say what it was trained on; "
-                          "give --calibration SOURCE (stdlib will do)")  # fmt: skip
+        wanting = f"--scheme {options.scheme} --method {options.method}"
+        raise ConfigError(
+            f"{wanting}: {options.model} does not say what it was trained on; give --calibration SOURCE, e.g. stdlib"
+        )
     data = Data.model_validate(known) if known else Data(source=options.calibration)
     return data if options.row_tokens is None else data.model_copy(update={"sequence_length": options.row_tokens})
 
@@ -83,7 +85,7 @@ def memory_bytes(options: argparse.Namespace) -> int:
 
 def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | None":
     """The rows, for a method that needs them."""
-    if not METHODS[options.method].calibrated:
+    if not reads_rows(options.method, options.scheme):
         return None
     from quant.calibration.draw import draw
 

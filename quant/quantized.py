@@ -7,7 +7,7 @@ quantized.model(input_ids=...).logits
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from herd.run.errors import ConfigError
 from quant.architectures import architecture, assemble
+from quant.calibration.ranges import measure_ranges
 from quant.calibration.settings import Calibration
 from quant.calibration.tensors import CalibratedTensors
 from quant.loading import round_inputs
@@ -111,6 +112,8 @@ def quantize(
         tensors = made if folder else dict(made.items())
         scratch_bytes = made.scratch_bytes if calibration.work else 0
         return QuantizedModel(plan, tensors, source.generation, folder, method, made.coverage, scratch_bytes)
+    if input_absmax is None and calibration is not None:
+        input_absmax = partial(measure_ranges, plan, source, calibration)
     ranges = RangeBook(plan, source, input_absmax)
     tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
     return QuantizedModel(plan, tensors if folder else dict(tensors.items()), source.generation, folder, method)

@@ -136,7 +136,17 @@ class Calibrate(Section):
 
 class Quantize(Section):
     scheme: Literal[
-        "int4", "int4-asym", "int8", "int8-weights", "fp8", "fp8-block", "mxfp4", "nvfp4", "nf4", "nf4-double"
+        "int4",
+        "int4-asym",
+        "int8",
+        "int8-weights",
+        "fp8",
+        "fp8-static",
+        "fp8-block",
+        "mxfp4",
+        "nvfp4",
+        "nf4",
+        "nf4-double",
     ]
     """Number format (docs/quantisation.md). int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic
     per-token activations."""

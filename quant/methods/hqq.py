@@ -2,9 +2,9 @@
 
     codes_ENK, parameters = Hqq().round(weight_ENK, grid, None)
 
-min sum |w - s (q - z)|^p over the parameters, by turns: e <- shrink(w - s (q - z)), what counts as outliers, then
-parameters fitted to w - e by least squares. Published for a real zero alone; here zeros are integers, or absent, so
-the scale is fitted too. Starts from round to nearest and keeps, for each group, the best parameters met. E, N, K, G, S as in
+min sum |w - s (q - z)|^p over the parameters, by turns: the outliers e <- shrink(w - s (q - z)), then parameters fitted
+to w - e by least squares. Published for a real zero alone; here zeros are integers, or absent, so the scale is fitted
+too. Starts from round to nearest and keeps, for each group, the best parameters met. E, N, K, G, S as in
 `method`, S weights in a group.
 """
 

@@ -27,6 +27,11 @@ METHODS: dict[str, Kind] = {
 GRID_SCHEMES = ("int4", "int4-asym", "int8-weights")
 
 
+def reads_rows(method: str, scheme: str) -> bool:
+    """Whether quantising needs calibration rows."""
+    return METHODS[method].calibrated or scheme == "fp8-static"
+
+
 def check_method(method: str, scheme: str) -> None:
     """Raise ConfigError for an unknown method, or one that needs an integer grid where the scheme has none."""
     if method not in METHODS:

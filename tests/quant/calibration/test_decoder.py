@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+import quant
 from herd.run.errors import ConfigError
 from quant.calibration.decoder import Decoder, find_layers
+from quant.calibration.rows import CalibrationRows
+from quant.calibration.settings import Calibration
 from quant.plans import make_plan
 from quant.schemes import Scheme
 from quant.sources import open_source
+from tests.quant.tiny_models import build_llama4
 
 
 def states(source_of: object, tokens_BT: torch.Tensor) -> list[torch.Tensor]:
@@ -68,3 +78,36 @@ def test_a_model_without_a_list_of_layers_is_refused(models):
     skeleton.config = models["llama"].config
     with pytest.raises(ConfigError, match="0 lists of 2 decoder layers found"):
         find_layers(skeleton)
+
+
+def test_a_multimodal_folders_text_model_is_found_behind_its_prefix(tokens_BT: torch.Tensor, tmp_path: Path):
+    torch.manual_seed(0)
+    text = build_llama4(moe_every=1).config.to_dict()
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).to(
+        torch.bfloat16
+    ).save_pretrained(tmp_path)
+    model = Llama4ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens_BT, output_hidden_states=True).hidden_states
+    found = states(tmp_path, tokens_BT)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[:-1], wanted[:-1], strict=True))
+
+
+def test_input_ranges_are_the_largest_inputs_of_the_unquantised_model(folders: dict[str, Path], tokens_BT):
+    rows = CalibrationRows(tokens_BT.repeat(16, 1))
+    quantized = quant.quantize(folders["llama"], scheme="fp8-static", calibration=Calibration(rows))
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16)
+    largest = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_pre_hook(
+                lambda _, given, name=name: largest.update({name: given[0].abs().max().item()})
+            )
+    with torch.no_grad():
+        model(input_ids=tokens_BT)
+    for name, value in largest.items():
+        assert quantized.tensors[f"{name}.input_scale"].item() == pytest.approx(value / 448, rel=2**-7)
