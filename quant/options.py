@@ -65,7 +65,10 @@ def settings_of(options: argparse.Namespace) -> Calibrate:
 
 
 def data_of(options: argparse.Namespace) -> Data:
-    """What the model was trained on, as its lineage says; ConfigError when neither it nor the options name any text."""
+    """What the model was trained on, as its lineage says; ConfigError when neither it nor the options name any text.
+
+    A model without lineage has not read the embedded corpus, so that a part of that will do.
+    """
     from herd.run.lineage import read_lineage
 
     known = read_lineage(options.model).get("data_config")
@@ -74,7 +77,7 @@ def data_of(options: argparse.Namespace) -> Data:
         raise ConfigError(
             f"{wanting}: {options.model} does not say what it was trained on; give --calibration SOURCE, e.g. stdlib"
         )
-    data = Data.model_validate(known) if known else Data(source=options.calibration)
+    data = Data.model_validate(known) if known else Data()
     return data if options.row_tokens is None else data.model_copy(update={"sequence_length": options.row_tokens})
 
 
