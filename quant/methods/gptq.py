@@ -17,7 +17,7 @@ from quant.formats.grid import Grid, Parameters
 from quant.methods.method import Method, importance, output_error, per_column
 from quant.methods.refinement import descend, refit_scales
 
-BLOCK = 128
+BLOCK = 32
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from quant.formats.grid import Grid, Parameters
 from quant.methods.method import output_error, per_column
 
-BLOCK = 128
+BLOCK = 32
 SYSTEM_BYTES = 1 << 28  # of the systems solved at one time
 RIDGE = 1e-4  # share of the mean diagonal, for rows some of whose groups hold zeros only
 
