@@ -5,6 +5,7 @@ tensors["model.layers.0.mlp.up_proj.weight_packed"]                 # layer 0 is
 tensors.coverage()
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,8 @@ from quant.methods.method import Method, layer_of
 from quant.methods.rtn import Rtn
 from quant.plans import Plan
 from quant.sources import Source
+
+log = logging.getLogger(__name__)
 
 RECIPE = "1"
 """Raise it when the same settings give other codes: unfinished work of an earlier version is then thrown away."""
@@ -88,7 +91,12 @@ class CalibratedTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _ledger(self) -> Ledger:
-        return Ledger(self._calibration.work, self.fingerprint())
+        ledger = Ledger(self._calibration.work, self.fingerprint())
+        if ledger.dropped is not None:
+            log.warning("%s: unfinished work with another %s is thrown away", ledger.folder, ledger.dropped)
+        elif ledger.finished:
+            log.warning("%s: %d finished layers are there; going on from them", ledger.folder, ledger.finished)
+        return ledger
 
     @cached_property
     def _walk(self) -> Walk:

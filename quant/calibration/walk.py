@@ -231,8 +231,9 @@ class Block:
         return self._part(name).weight.data.float()
 
 
-# Matrices of [K, K] and of [N, K] in fp32 that a method holds for each layer it works on: measured, not derived.
-HESSIANS, WEIGHTS = 5, 8
+# Matrices of [K, K] and of [N, K] in fp32 that are held for each layer being worked on, generously: sums, means, damped
+# and factored Hessians; weights, targets, codes and errors in two orders.
+HESSIANS, WEIGHTS = 8, 10
 
 
 def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:
