@@ -18,11 +18,14 @@ from herd.run import cli
 from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
+from quant.descriptions import describe, describe_work, foretell, summary
+from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options
 from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
 from quant.target import check_target
 
 if TYPE_CHECKING:
+    from quant.calibration.settings import Calibration
     from quant.plans import Plan
 
 GROUP_SIZE = Quantize.model_fields["group_size"].default
@@ -68,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ignore", action="append", default=[], metavar="PATTERN",
         help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; may be repeated",
     )  # fmt: skip
+    add_method_options(parser)
     add("--dry-run", action="store_true", help="print what would be quantised, kept and written, stop")
     add("--json", action="store_true", help="print the result as JSON")
     add("--experiment", default="herd", metavar="NAME", help="MLflow experiment (herd)")
@@ -87,6 +91,7 @@ def check(options: argparse.Namespace) -> None:
     check_target(options.out)
     if not SCHEMES[options.scheme].grouped and options.group_size is not None:
         raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no choice of groups; leave it out")
+    check_method_options(options)
     options.container = options.container or SCHEMES[options.scheme].containers[0]
     if options.group_size is None:
         options.group_size = GROUP_SIZE
@@ -107,24 +112,28 @@ def run(options: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     started = time.monotonic()
+    # Rows are drawn for a plan too: whether there is enough text is part of it.
+    calibration = calibration_of(options, options.out)
     quantized = quantize(
         options.model,
         scheme=options.scheme,
         group_size=options.group_size,
         container=options.container,
         ignore=tuple(options.ignore),
+        method=options.method,
+        calibration=calibration,
     )
     if options.reader is not None:
         check_reader(options.scheme, options.container, options.reader, moe=quantized.plan.has_experts)
-    result = summary(quantized.plan)
+    result = summary(quantized.plan) | foretell(options, quantized.plan, calibration)
     if options.dry_run:
-        print(json.dumps(result, indent=1) if options.json else describe(quantized.plan))
+        print(json.dumps(result, indent=1) if options.json else f"{describe(quantized.plan)}\n{describe_work(result)}")
         return
     with GateProcess() as gate:
         lineage = export_lineage(options, read_lineage(options.model))
         report = export(quantized, options.out, lineage=lineage, gate=gate)
     result |= {"out": str(options.out), "seconds": time.monotonic() - started, "gate": report.to_json()}
-    track(options, quantized.plan, result)
+    track(options, quantized.plan, result, calibration)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
@@ -138,53 +147,17 @@ def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[
     words = ["--model", str(options.model), "--scheme", options.scheme, "--out", str(options.out)]
     words += ["--group-size", str(options.group_size)] if SCHEMES[options.scheme].grouped else []
     words += ["--container", options.container] if options.container != SCHEMES[options.scheme].containers[0] else []
+    words += ["--method", options.method] if options.method != "rtn" else []
+    for name in CALIBRATED:
+        if getattr(options, name) is not None:
+            words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     words += [word for pattern in options.ignore for word in ("--ignore", pattern)]
     command = shlex.join(["python", "-m", "quant", *words])
     student = source.get("name") or options.model.resolve().name
     return facts | {"student": student, "base_model": student, "source": str(options.model), "command": command}
 
 
-def summary(plan: "Plan") -> dict[str, Any]:
-    """The plan in numbers and names."""
-    return {
-        "scheme": plan.scheme.label,
-        "quantised": [layer.name for layer in plan.layers],
-        "kept": plan.ignored,
-        "quantised_weights": plan.quantised_weights,
-        "weights": plan.all_weights,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "bits_per_quantised_weight": plan.bits_per_quantised_weight,
-        "bits_per_weight": plan.bits_per_weight,
-    }
-
-
-def describe(plan: "Plan") -> str:
-    """The plan for people: one line per kind of layer."""
-    from quant.exports import family
-    from quant.sections import format_name
-
-    quantised: dict[tuple[int, int], list[str]] = {}
-    for layer in plan.layers:
-        quantised.setdefault(layer.shape, []).append(layer.name)
-    kept: dict[str, list[str]] = {}
-    for name, reason in plan.ignored.items():
-        kept.setdefault(reason, []).append(name)
-    lines = [f"{plan.scheme.label} ({format_name(plan.scheme)})", "", "quantised"]
-    lines += [f"  {len(names):5d} x {shape[0]} x {shape[1]}  {family(names)}" for shape, names in quantised.items()]
-    lines += ["kept in bf16 (with norms and embeddings)"]
-    lines += [f"  {len(names):5d}  {family(names)}: {reason}" for reason, names in kept.items()]
-    share = plan.quantised_weights / plan.all_weights
-    lines += [
-        "",
-        f"weights   {plan.all_weights:,}, {share:.1%} quantised",
-        f"bytes     {plan.bytes_before:,} -> {plan.bytes_after:,} ({plan.bytes_after / plan.bytes_before:.3f})",
-        f"bits      {plan.bits_per_quantised_weight:.3f} per quantised weight, {plan.bits_per_weight:.3f} over all",
-    ]
-    return "\n".join(lines)
-
-
-def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> None:
+def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], calibration: "Calibration | None") -> None:
     """One MLflow run with the settings, the sizes, the gate's report and the model."""
     from herd.run.tracking import open_tracker
 
@@ -193,6 +166,7 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> 
         "model": str(options.model),
         "scheme": options.scheme,
         "container": options.container,
+        "method": options.method,
         "ignore": list(options.ignore),
     }
     tracker = open_tracker(
@@ -208,6 +182,12 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> 
     tracker.metrics(metrics, 0)
     tracker.artifact(options.out / "gate.json")
     tracker.artifact(options.out / "README.md")
+    if calibration is not None:
+        tracker.dataset("calibration rows", calibration.rows.source, calibration.rows.fingerprint, "calibration")
+    if (options.out / "calibration.json").is_file():
+        tracker.artifact(options.out / "calibration.json")
+        seen = json.loads((options.out / "calibration.json").read_text())["summary"]
+        tracker.metrics({f"calibration/{key}": float(value) for key, value in seen.items()}, 0)
     tracker.model(name, options.out, role="export", alias=plan.scheme.name, metrics=metrics)
     tracker.finish()
 

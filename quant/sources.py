@@ -7,7 +7,7 @@ with open_source(model_or_folder) as source:
 """
 
 import json
-from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,10 +35,18 @@ class ModelSource:
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.headers = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
+    def identity(self) -> list[Any]:
+        """What tells this source from another; of a model in memory nothing is kept, so nothing is needed."""
+        return [self.place]
+
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one, on the CPU."""
         tensor = self._tensors[name]
         return (tensor if expert is None else tensor[expert]).cpu()
+
+    def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
+        """Some rows of a matrix, in increasing order."""
+        return self._tensors[name][rows_U.to(self._tensors[name].device)].cpu()
 
     def __enter__(self) -> "ModelSource":
         return self
@@ -55,31 +63,54 @@ class FolderSource:
         check_sums(folder)
         self.generation = _read_generation(folder / "generation_config.json")
         self.place = str(folder)
-        self._stack = ExitStack()
-        self._files: dict[str, safe_open] = {}
+        self._folder = folder
+        self._paths = shard_paths(folder)
+        self._places: dict[str, tuple[Path, int]] = {}
         self.headers: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
-        with ExitStack() as opening:
-            for path in shard_paths(folder):
-                self._open(opening, path)
-            self._stack = opening.pop_all()
+        for path in self._paths:
+            self._look_into(path)
 
-    def _open(self, stack: ExitStack, path: Path) -> None:
-        file = stack.enter_context(open_safetensors(path))
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            piece = file.get_slice(name)
-            self.headers[name] = (_DTYPES.get(piece.get_dtype()), tuple(piece.get_shape()))
-            self._files[name] = file
+    def _look_into(self, path: Path) -> None:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                piece = file.get_slice(name)
+                self.headers[name] = (_DTYPES.get(piece.get_dtype()), tuple(piece.get_shape()))
+        self._places |= {name: (path, start) for name, start in data_offsets(path).items()}
+
+    def identity(self) -> list[Any]:
+        """Names, sizes and times of its files: a folder that was written again is another source."""
+        facts = [(path, path.stat()) for path in (*self._paths, self._folder / "config.json")]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in facts]
 
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one."""
-        file = self._files[name]
-        return file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+        shape = self.headers[name][1]
+        return self._read(name, 0, shape) if expert is None else self._read(name, expert * prod(shape[1:]), shape[1:])
+
+    def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
+        """Some rows of a matrix, in increasing order; nothing else of it is read."""
+        width = self.headers[name][1][1]
+        return torch.stack([self._read(name, row * width, (width,)) for row in rows_U.tolist()])
+
+    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+        """Elements from `first` on. Read and not mapped: pages of a mapped file count as memory of this process."""
+        path, start = self._places[name]
+        tensor = torch.empty(shape, dtype=self.headers[name][0])
+        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + first * tensor.element_size())
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise DataError(f"{path} ends inside {name}; copy it again")
+                left = left[count:]
+        return tensor
 
     def __enter__(self) -> "FolderSource":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        return None
 
 
 Source = ModelSource | FolderSource
@@ -158,6 +189,14 @@ def open_safetensors(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is truncated or not safetensors ({first_line(error)}); copy it again") from error
+
+
+def data_offsets(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in a safetensors file that can be opened."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in table.items() if name != "__metadata__"}
 
 
 def first_line(error: BaseException) -> str:
