@@ -50,6 +50,13 @@ def _route_faults(config: Config) -> Iterator[str]:
             yield f"teacher.routes.{name}: teacher.mode = cached needs teacher.routes.{name}.cache.path"
         if mode == "frozen" and route.cache is not None and route.cache.missing != "refuse":
             yield f"teacher.routes.{name}.cache.missing = {route.cache.missing}: only teacher.mode = cached reads"
+    paths = [
+        route.cache.path
+        for route in config.teacher.routes.values()
+        if route.cache is not None and (mode == "frozen" or route.cache.missing == "forward")
+    ]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        yield f"teacher.routes: several routes write the cache {path}; give each its own cache.path"
     if config.objective.kind == "on_policy":
         yield "objective.kind = on_policy: one teacher scores what is written; remove teacher.routes or the objective"
     for field in ("features", "cross_tokenizer"):
