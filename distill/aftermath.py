@@ -42,7 +42,7 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
         "name": name,
         "run_id": tracker.nested(name, role=role).run_id,
         "run_folder": str(config.run.folder / config.run.name),
-        "teacher": None if is_teacher or config.teacher.mode == "none" else ", ".join(teachers.values()),
+        "teacher": None if is_teacher or config.teacher.mode == "none" else ", ".join(dict.fromkeys(teachers.values())),
         "data": config.data.origin,
         "sequence_length": config.data.sequence_length,
         "data_config": config.data.model_dump(mode="json"),
