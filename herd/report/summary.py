@@ -90,7 +90,8 @@ def _how(record: Record) -> str:
     source, routes = teacher.get("source", ""), teacher.get("routes", {})
     if routes:
         listed = formats.listed([f"{route['source']} for {name}" for name, route in routes.items()])
-        return f"trained {students} from {record.teacher_mode} teachers ({listed})"
+        what = "cached targets" if record.teacher_mode == "cached" else "frozen teachers"
+        return f"trained {students} from {what} ({listed})"
     match record.teacher_mode:
         case "codistill":
             return f"trained {students} together with their teacher ({source})"

@@ -11,10 +11,11 @@ from distill.loop import Loop
 from distill.losses import fused_linear_distillation
 from distill.losses.kernel import STATS
 from distill.plan import plan_run
+from evals.heldout import rows_from
 from herd.llama4.source import open_model
 from herd.run import config as configuration
 from herd.run import ranks
-from herd.run.errors import ConfigError, DataError
+from herd.run.errors import ConfigError, DataError, NumericalError
 from herd.run.tracking import open_tracker
 from teachers import cache
 from teachers.targets import DenseTargets, RoutedTargets, SparseTargets
@@ -106,7 +107,7 @@ def per_source(stats_ST, batch):
 
 
 def measured(parts, batch, alpha=0.5):
-    """Statistics per token of the student on a batch, and the gradient of its head."""
+    """Statistics per token of the student on a batch."""
     herd, labels_T = parts.herd, batch.labels_BT.flatten()
     teacher = herd.teacher
     targets = None
@@ -217,6 +218,42 @@ def test_two_caches_that_two_routes_wrote_teach_in_their_teachers_place(tmp_path
     swapped = {"web": (teachers["two"], paths["code"]), "code": (teachers["one"], paths["web"])}
     with pytest.raises(DataError, match=r"^teacher\.routes\.web: cache .*: data is .* in the cache"):
         assemble(routed(tmp_path, texts, swapped, mode="cached"), tmp_path)
+
+
+def test_one_teachers_cache_over_several_sources_has_the_data_of_each(tmp_path, texts, teachers):
+    settings = f"teacher={{mode: frozen, source: {teachers['one']}, cache: {{path: {tmp_path / 'all'}}}}}"
+    config = config_for(tmp_path, texts, settings)
+    parts = assemble(config, tmp_path)
+    parts.herd.take_step(step_batches(config, parts, 0), 0)
+    parts.herd.close()
+    manifest = cache.open(tmp_path / "all", expecting=None).manifest
+    assert manifest.data == [own.fingerprint for own in parts.corpus.corpora.values()]
+    assert manifest.facts["complete"].count("--data") == 3
+    read = config_for(tmp_path, texts, settings.replace("frozen", "cached"))
+    parts = assemble(read, tmp_path)
+    assert parts.herd.take_step(step_batches(read, parts, 0), 0)["student/scout/alpha"] == 0.5
+    parts.herd.close()
+    more = [f"data.sources.more={{source: {texts}}}", f"tokenizer.path={teachers['one']}"]
+    with pytest.raises(DataError, match=r"cache .*: data is .* in the cache"):
+        assemble(config_for(tmp_path, texts, settings.replace("frozen", "cached"), *more), tmp_path)
+
+
+def test_a_routed_teacher_that_answers_nan_is_named(tmp_path, texts, teachers):
+    config = routed(tmp_path, texts, {"web": (teachers["one"], None), "code": (teachers["two"], None)})
+    parts = assemble(config, tmp_path)
+    with torch.no_grad():
+        parts.herd.teacher.routes[1].teacher.model.lm_head.weight[0, 0] = float("nan")
+    batches = [batch for step in range(2) for batch in step_batches(config, parts, step)]
+    with pytest.raises(NumericalError, match=r"^teacher\.routes\.code\.source = .*two: its logits are not finite"):
+        parts.herd.take_step(batches, 0)
+
+
+def test_evaluation_reads_the_rows_that_training_held_out(tmp_path, texts, teachers):
+    config = config_for(tmp_path, texts)
+    rows = rows_from(config.data, teachers["one"], rows=8)
+    heldout = torch.cat([batch.input_ids_BT for batch in assemble(config, tmp_path).heldout])
+    assert torch.equal(rows.input_ids_NT, heldout) and rows.source == config.data.origin
+    assert len(set(rows.documents_N.tolist())) >= len(NAMES)
 
 
 def test_caches_that_mean_different_things_are_refused_together(tmp_path, texts, teachers):
