@@ -148,12 +148,12 @@ class Loop:
         _, stats_ST, _, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)
         model.engine.train()
         model.tap.take()
+        source_T = torch.zeros_like(labels_T)
+        if batch.sources_B is not None:
+            source_T = batch.sources_B.repeat_interleave(batch.labels_BT.shape[1])
         for number in range(len(scored_S2)):
-            own_BT = torch.ones_like(batch.labels_BT, dtype=torch.bool)
-            if batch.sources_B is not None:
-                own_BT &= (batch.sources_B == number)[:, None]
-            ce_T, valid_T = stats_ST[0].double().cpu()[own_BT.flatten()], (labels_T != -100)[own_BT.flatten()]
-            scored_S2[number] = torch.stack((ce_T.sum(), valid_T.sum().double()))
+            own_T = (source_T == number) & (labels_T != -100)
+            scored_S2[number] = torch.stack((stats_ST[0, own_T].double().sum(), own_T.sum()))
         return scored_S2
 
     def _report(self, metrics: dict[str, float | list], progress: Progress) -> None:

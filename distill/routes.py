@@ -30,8 +30,9 @@ def open_routes(
         if name not in config.teacher.routes:
             continue
         alone, label = config.alone(name), f"teacher.routes.{name}"
-        # Routes of one teacher share its weights.
-        same = f"{alone.teacher.source} {alone.teacher.overrides} {alone.teacher.cache and alone.teacher.cache.missing}"
+        # Routes of one teacher share its weights; a cache that is not completed needs none.
+        completes = alone.teacher.cache is not None and alone.teacher.cache.missing == "forward"
+        same = f"{alone.teacher.source} {alone.teacher.overrides} {completes}"
         if same not in models:
             models[same] = open_teacher(alone, label)
         with naming(label):

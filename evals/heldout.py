@@ -38,15 +38,10 @@ def rows_from(
         named = zip(own.keys_N.tolist(), own.first_N2[:, 0].tolist(), strict=True)
         document_of |= {(number, key): first + document for key, document in named}
         first += len(own.documents)
-    keys_N = [
-        (number, key)
-        for batch in batches
-        for number, key in zip(
-            [0] * len(batch.keys_B) if batch.sources_B is None else batch.sources_B.tolist(),
-            batch.keys_B.tolist(),
-            strict=True,
-        )
-    ]
+    keys_N: list[tuple[int, int]] = []
+    for batch in batches:
+        sources_B = torch.zeros_like(batch.keys_B) if batch.sources_B is None else batch.sources_B
+        keys_N += zip(sources_B.tolist(), batch.keys_B.tolist(), strict=True)
     return Rows(
         input_ids_NT=torch.cat([batch.input_ids_BT for batch in batches]),
         labels_NT=torch.cat([batch.labels_BT for batch in batches]),

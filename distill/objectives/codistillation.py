@@ -127,11 +127,12 @@ class Herd:
             if isinstance(self.teacher, Member):
                 outputs = self._learn("teacher", active, batch, tallies, scale, targets=None, alpha=0.0)
                 targets, whole_head = partial(self.teacher.learner.targets, outputs), self.teacher.gathered_head()
-            elif isinstance(self.teacher, CachedTeacher | RoutedTeacher):
+            elif isinstance(self.teacher, CachedTeacher):
                 targets = partial(self.teacher.targets_of, batch)
             elif self.teacher is not None:
-                frozen = self.teacher.targets(batch.input_ids_BT)
-                targets = lambda: frozen  # noqa: E731
+                routed = isinstance(self.teacher, RoutedTeacher)
+                made = self.teacher.targets_of(batch) if routed else self.teacher.targets(batch.input_ids_BT)
+                targets = lambda: made  # noqa: E731
         self.seconds["teacher"] += time.perf_counter() - started
         with whole_head:
             soft = None if targets is None else targets()

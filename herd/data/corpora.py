@@ -7,6 +7,7 @@ for document in corpus.documents("train"): ...
 import difflib
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -148,7 +149,7 @@ class MixedCorpus:
     def __init__(self, corpora: dict[str, StoredCorpus | StreamedCorpus], weights: dict[str, float]) -> None:
         self.corpora, self.weights = corpora, weights
         self.name = ", ".join(corpora)
-        facts = "\n".join(f"{name} {corpus.fingerprint}" for name, corpus in corpora.items())
+        facts = "\n".join(f"{name} {weights[name]!r} {corpus.fingerprint}" for name, corpus in corpora.items())
         self.fingerprint = hashlib.sha256(f"mixed\n{facts}".encode()).hexdigest()
 
     def documents(self, part: Part) -> Iterator[Document]:
@@ -177,13 +178,19 @@ def open_corpus(data: Data, *, cache: Path = CACHE) -> AnyCorpus:
     """
     if data.sources:
         weights = {name: source.weight for name, source in data.sources.items()}
-        return MixedCorpus({name: _open_named(data, name, cache) for name in data.sources}, weights)
+        corpora = {}
+        for name in data.sources:
+            with _naming(name):
+                corpora[name] = _open_one(data.alone(name), cache)
+        return MixedCorpus(corpora, weights)
     return _open_one(data, cache)
 
 
-def _open_named(data: Data, name: str, cache: Path) -> StoredCorpus | StreamedCorpus:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the source's name in front of an error's line."""
     try:
-        return _open_one(data.alone(name), cache)
+        yield
     except DataError as error:
         raise DataError(f"data.sources.{name}: {error}") from error
 
@@ -197,7 +204,8 @@ def check_source(data: Data) -> None:
     """Raise DataError when a source is neither on this machine nor can be a hub id. Nothing of it is read."""
     if data.sources:
         for name in data.sources:
-            check_source(data.alone(name))
+            with _naming(name):
+                check_source(data.alone(name))
         return
     path = Path(data.source).expanduser().resolve()
     if data.source != "stdlib" and not path.exists() and not hub.is_id(data.source):
