@@ -7,6 +7,7 @@ Each part is skipped when its result is there already, so a run killed here goes
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,18 +40,23 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
     is_teacher = name == "teacher"
     role = "teacher" if is_teacher else "student"
     source = config.teacher.source if is_teacher else config.students[name].source
+    teachers = {name: route.source for name, route in config.teacher.routes.items()} or {"": config.teacher.source}
     facts = {
         "role": role,
         "name": name,
         "run_id": tracker.nested(name, role=role).run_id,
         "run_folder": str(config.run.folder / config.run.name),
-        "teacher": None if is_teacher or config.teacher.mode == "none" else config.teacher.source,
-        "data": config.data.source,
+        "teacher": None if is_teacher or config.teacher.mode == "none" else ", ".join(dict.fromkeys(teachers.values())),
+        "data": config.data.origin,
         "sequence_length": config.data.sequence_length,
         "data_config": config.data.model_dump(mode="json"),
         "data_fingerprint": parts.corpus.fingerprint,
         "tokenizer_digest": tokenizer_digest(parts.tokenizer),
     }
+    if config.data.sources:
+        facts["data_fingerprints"] = {name: fingerprint for name, (_, fingerprint) in parts.origins(config).items()}
+    if config.teacher.routes:
+        facts["teachers"] = teachers
     if is_teacher and config.teacher.cache is not None:
         facts[LINEAGE_KEY] = trained_as(config)
     lineage = write_lineage(folder, **facts)
@@ -134,6 +140,7 @@ def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], pr
     elif teacher is not None:
         results.append(evals.evaluate(teacher, **settings))
         reference = evals.load(teacher)
+    results += routed_teachers(config, settings)
     results += [evals.evaluate(student, against=reference, **settings) for student in students]
     for student in students:
         made = [export for export, source in exports.items() if source == student]
@@ -143,8 +150,22 @@ def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], pr
     return results
 
 
+def routed_teachers(config: Config, settings: dict) -> list[evals.Result]:
+    """Every frozen teacher of a route that is a folder, each scored on the held-out rows of its own source."""
+    results = []
+    for name, route in config.teacher.routes.items():
+        folder = Path(route.source)
+        if config.teacher.mode == "frozen" and folder.is_dir():
+            own = evals.rows_from(config.data.alone(name), folder, rows=config.data.heldout_rows)
+            result = evals.evaluate(folder, **settings | {"rows": own})
+            results.append(replace(result, name=f"teacher-{name}", role=None, student=None))
+    return results
+
+
 def teacher_folder(config: Config, run_folder: Path) -> Path | None:
     """The folder of the run's teacher: the one it trained, or the frozen one it read, when that is a folder."""
+    if config.teacher.routes:
+        return None
     if config.teacher.mode == "codistill":
         return run_folder / "teacher"
     frozen = Path(config.teacher.source)

@@ -16,10 +16,11 @@ from distill.engine import Member, build_member
 from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
 from distill.objectives.on_policy import OnPolicyHerd
+from distill.routes import open_routes
 from distill.target_cache import open_cached, open_writing
 from distill.transferred import carry_over
 from herd.data.batches import Batch, RowSource
-from herd.data.corpora import Corpus, open_corpus
+from herd.data.corpora import Corpus, MixedCorpus, open_corpus
 from herd.data.streams import fixed_batches, open_rows
 from herd.data.tokenizer import describe_difference, load_tokenizer
 from herd.data.tokenizer_training import open_tokenizer
@@ -34,6 +35,7 @@ from herd.run.schema import Config, Model, OnPolicy, Teacher
 from teachers.cached import CachedTeacher
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Recorder
+from teachers.routed import RoutedTeacher
 from teachers.translated import TranslatedTeacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,6 +52,13 @@ class Assembly:
     heldout: list[Batch]
     micro_rows: int
 
+    def origins(self, config: Config) -> dict[str, tuple[str, str]]:
+        """Source and fingerprint of every named source; else of the only one, under `train`."""
+        if not isinstance(self.corpus, MixedCorpus):
+            return {"train": (config.data.source, self.corpus.fingerprint)}
+        named = config.data.sources
+        return {name: (named[name].source, own.fingerprint) for name, own in self.corpus.corpora.items()}
+
 
 def assemble(config: Config, run_folder: Path) -> Assembly:
     """Open everything the configuration names. Raises ConfigError or DataError before any engine exists."""
@@ -65,7 +74,11 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         rows_per_batch=micro_rows,
         corpus=corpus,
     )
-    teacher_model = _open(config, "teacher", config.teacher, tokenizer) if runs_a_teacher(config) else None
+
+    def open_teacher(config: Config, name: str) -> PreTrainedModel | None:
+        return _open(config, name, config.teacher, tokenizer) if runs_a_teacher(config) else None
+
+    teacher_model = open_teacher(config, "teacher")
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
     learners = {**student_models} | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
@@ -91,8 +104,10 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
         )
 
     vocabulary = None if teacher_model is None else teacher_model.config.get_text_config().vocab_size
-    teacher: Member | FrozenTeacher | CachedTeacher | None = None
-    if config.teacher.mode == "codistill":
+    teacher: Member | FrozenTeacher | CachedTeacher | RoutedTeacher | None = None
+    if config.teacher.routes:
+        teacher = open_routes(config, tokenizer, corpus, open_teacher)
+    elif config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher)
     elif config.teacher.mode == "frozen":
         teacher = _frozen(config, teacher_model, tokenizer)
@@ -116,7 +131,9 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
 
 
 def runs_a_teacher(config: Config) -> bool:
-    """Whether a teacher model is there at all: one read from a cache is not, unless it completes it."""
+    """Whether one teacher model is there: a cache needs none, unless it is completed; routes open theirs."""
+    if config.teacher.routes:
+        return False
     cached = config.teacher.mode == "cached"
     return config.teacher.cache.missing == "forward" if cached else config.teacher.mode != "none"
 
@@ -136,7 +153,8 @@ def open_run_tokenizer(config: Config, corpus: Corpus) -> PreTrainedTokenizerBas
     """
     if config.tokenizer.path is None:
         silent = config.teacher.mode in ("none", "cached") or config.loss.cross_tokenizer is not None
-        existing = [] if silent else [config.teacher.source]
+        routed = [route.source for route in config.teacher.routes.values()]
+        existing = [] if silent else routed or [config.teacher.source]
         existing += [student.source for student in config.students.values()]
         for source in existing:
             if not is_spec(source):
@@ -165,15 +183,15 @@ def _open(config: Config, name: str, model: Model | Teacher, tokenizer: PreTrain
         _check_tokenizer(config, name, model.source, tokenizer, rows=rows)
     if config.data.sequence_length > text.max_position_embeddings:
         raise ConfigError(too_long(config, name, model.source, text.max_position_embeddings))
-    if config.parallel.expert_parallel == 1 or _is_only_read(config, name):
+    if config.parallel.expert_parallel == 1 or _is_only_read(model):
         return use_sparse_experts(opened)
     experts_divisible(opened.config, config.parallel.expert_parallel, model=f"{name} ({model.source})")
     return opened
 
 
-def _is_only_read(config: Config, name: str) -> bool:
+def _is_only_read(model: Model | Teacher) -> bool:
     """True for a teacher without an engine: it is whole on every rank, its experts too."""
-    return name == "teacher" and config.teacher.mode != "codistill"
+    return isinstance(model, Teacher) and model.mode != "codistill"
 
 
 def _seed(config: Config, name: str) -> int:
@@ -197,10 +215,11 @@ def _check_tokenizer(config: Config, name: str, source: str, tokenizer: PreTrain
     own = load_tokenizer(source)
     difference = describe_difference(tokenizer, own)
     if difference is not None and (name != "teacher" or config.loss.cross_tokenizer is None):
+        own_one = ", or let a frozen teacher keep its own: loss.cross_tokenizer={kind: spans}"
         raise DataError(
             f"{name}: the tokenizer of {source} differs from the run's: {difference}; set tokenizer.path to the "
-            "teacher's folder, or choose a teacher and students that share one, or let a frozen teacher keep its own: "
-            "loss.cross_tokenizer={kind: spans}"
+            f"teacher's folder, or choose teachers and students that share one"
+            f"{'' if name.startswith('teacher.routes') else own_one}"
         )
     if rows < len(own):
         raise DataError(f"{name}: {source} has {rows} embedding rows for a vocabulary of {len(own)}")

@@ -23,6 +23,7 @@ from herd.run.progress import Progress
 from herd.run.schema import Config
 from herd.run.tracking import Tracker
 from teachers.frozen import FrozenTeacher
+from teachers.routed import RoutedTeacher
 
 STATE_FILE = "loop.json"
 SPREAD = {"alpha_by_entropy": entropy_bins.NAMES, "alpha_histogram": HISTOGRAM_NAMES}
@@ -98,14 +99,27 @@ class Loop:
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss in nats per token of every model, each rank scoring its share of the rows."""
-        models = dict(self.herd.members)
-        if isinstance(self.herd.teacher, FrozenTeacher) and self.position.step <= self.config.run.evaluate_every:
-            models = {"teacher": self.herd.teacher, **models}
-        return {f"heldout/{name}": self._heldout_loss(model) for name, model in models.items()}
+        """Held-out loss in nats per token of every model, each rank scoring its share of the rows.
 
-    def _heldout_loss(self, model: Member | FrozenTeacher) -> float:
-        sums = torch.zeros(2, dtype=torch.float64)
+        `heldout/scout/web` is that of the rows of one source alone, where sources have names.
+        """
+        models = dict(self.herd.members)
+        standing = isinstance(self.herd.teacher, FrozenTeacher | RoutedTeacher)
+        if standing and self.position.step <= self.config.run.evaluate_every:
+            models = {"teacher": self.herd.teacher, **models}
+        losses: dict[str, float] = {}
+        for name, model in models.items():
+            sums_S2 = self._heldout_sums(model)
+            if not isinstance(model, RoutedTeacher):  # each of its teachers is for its own rows
+                losses[f"heldout/{name}"] = (sums_S2[:, 0].sum() / sums_S2[:, 1].sum()).item()
+            for source, (ce_sum, count) in zip(self.config.data.sources, sums_S2.tolist(), strict=False):
+                if count:
+                    losses[f"heldout/{name}/{source}"] = ce_sum / count
+        return losses
+
+    def _heldout_sums(self, model: Member | FrozenTeacher | RoutedTeacher) -> torch.Tensor:
+        """Loss and tokens of every source [S, 2], of the whole without names [1, 2]; over all ranks."""
+        sums_S2 = torch.zeros(max(1, len(self.config.data.sources)), 2, dtype=torch.float64)
         # All ranks make the same number of forwards: under ZeRO-3 and expert parallelism each one is a collective.
         batches = self.parts.heldout
         rounds = -(-len(batches) // ranks.world_size())
@@ -113,22 +127,34 @@ class Loop:
             for index in range(rounds):
                 place = index * ranks.world_size() + ranks.rank()
                 batch = batches[min(place, len(batches) - 1)]
-                ce_sum, count = self._score(model, batch)
+                scored_S2 = self._score(model, batch)
                 if place < len(batches):
-                    sums += torch.tensor([ce_sum, count], dtype=torch.float64)
-        ce_sum, count = ranks.all_reduce_sum(sums).tolist()
-        return ce_sum / count
+                    sums_S2 += scored_S2
+        return ranks.all_reduce_sum(sums_S2)
 
-    def _score(self, model: Member | FrozenTeacher, batch: Batch) -> tuple[float, int]:
+    def _score(self, model: Member | FrozenTeacher | RoutedTeacher, batch: Batch) -> torch.Tensor:
+        """Loss and tokens of every source [S, 2]."""
+        scored_S2 = torch.zeros(max(1, len(self.config.data.sources)), 2, dtype=torch.float64)
+        if not isinstance(model, Member):
+            for number in range(len(scored_S2)):
+                teacher = model.frozen(number) if isinstance(model, RoutedTeacher) else model
+                own = batch if batch.sources_B is None else batch.of_source(number)
+                if teacher is not None and len(own.keys_B):
+                    scored_S2[number] = torch.tensor(teacher.score(own.input_ids_BT, own.labels_BT.flatten()))
+            return scored_S2
         labels_T = batch.labels_BT.flatten()
-        if isinstance(model, FrozenTeacher):
-            return model.score(batch.input_ids_BT, labels_T)
         model.engine.eval()
         loss_of = self.herd.loss_of(model, labels_T, targets=None)
-        _, stats_ST, count, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)
+        _, stats_ST, _, _ = model.engine(batch.input_ids_BT, loss_of=loss_of)
         model.engine.train()
         model.tap.take()
-        return stats_ST[0].double().sum().item(), int(count)
+        source_T = torch.zeros_like(labels_T)
+        if batch.sources_B is not None:
+            source_T = batch.sources_B.repeat_interleave(batch.labels_BT.shape[1])
+        for number in range(len(scored_S2)):
+            own_T = (source_T == number) & (labels_T != -100)
+            scored_S2[number] = torch.stack((stats_ST[0, own_T].double().sum(), own_T.sum()))
+        return scored_S2
 
     def _report(self, metrics: dict[str, float | list], progress: Progress) -> None:
         position = self.position
@@ -204,6 +230,10 @@ def of_model(metrics: dict[str, float | list], name: str) -> dict[str, float]:
     renamed |= {f"experts/{key.removeprefix(experts)}": v for key, v in metrics.items() if key.startswith(experts)}
     if f"heldout/{name}" in metrics:
         renamed["heldout/nats"] = metrics[f"heldout/{name}"]
+    by_source = f"heldout/{name}/"
+    renamed |= {
+        f"heldout/nats/{key.removeprefix(by_source)}": v for key, v in metrics.items() if key.startswith(by_source)
+    }
     for key, names in SPREAD.items():
         values = renamed.pop(f"train/{key}", [])
         renamed |= {f"train/{key}/{bin_name}": value for bin_name, value in zip(names, values, strict=False)}

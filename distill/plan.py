@@ -17,7 +17,7 @@ from herd.llama4.specs import SPECS
 from herd.run.config import dump, split_batch
 from herd.run.config_checks import too_long
 from herd.run.errors import ConfigError
-from herd.run.schema import Config
+from herd.run.schema import Config, Route, Student, Teacher
 
 GPU = torch.device("cuda")
 SHOWN_BATCH = "batch.rows {rows} = micro_rows {micro} x accumulation {accumulation} x ranks {ranks}"
@@ -33,7 +33,7 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
     tokens_per_step = config.batch.rows * config.data.sequence_length
     print(dump(config))
     for name, made in plans.items():
-        source = _source(config, name)
+        source = _models(config)[name].source
         print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")
         print(made.table())
     flops = sum(made.flops_per_token for made in plans.values())
@@ -53,17 +53,17 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
 def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
     """The plan of every model of the run, the teacher first."""
     micro_rows, accumulation = split_batch(config, world_size)
-    names = (["teacher"] if config.teacher.mode in ("codistill", "frozen") else []) + list(config.students)
+    models = _models(config)
     plans = {}
-    for name in names:
-        source = _source(config, name)
-        model = config.teacher if name == "teacher" else config.students[name]
+    for name, model in models.items():
+        source = model.source
         text = read_config(source, overrides=model.overrides, vocabulary=_vocabulary(config))
         if not isinstance(text, Llama4TextConfig):
             raise ConfigError(f"{name}: source = {source}: only Llama 4 can be planned, this is a {text.model_type}")
         if config.data.sequence_length > text.max_position_embeddings:
             raise ConfigError(too_long(config, name, source, text.max_position_embeddings))
-        frozen = name == "teacher" and config.teacher.mode == "frozen"
+        teaches = name not in config.students
+        frozen = teaches and config.teacher.mode == "frozen"
         # A teacher that is only read has no engine: it is whole on every rank.
         expert_parallel = 1 if frozen else config.parallel.expert_parallel
         experts_divisible(text, expert_parallel, model=f"{name} ({source})")
@@ -76,7 +76,7 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             accumulation=accumulation,
             sequence_length=config.data.sequence_length,
             micro_rows=micro_rows,
-            beside=() if name == "teacher" else _projections(config, name),
+            beside=() if teaches else _projections(config, name),
             chunk_tokens=config.loss.chunk_tokens
             or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4, GPU),
         )
@@ -84,8 +84,12 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
     return plans
 
 
-def _source(config: Config, name: str) -> str:
-    return config.teacher.source if name == "teacher" else config.students[name].source
+def _models(config: Config) -> dict[str, Teacher | Route | Student]:
+    """What is planned, teachers first."""
+    teachers: dict[str, Teacher | Route] = {f"teacher.routes.{name}": r for name, r in config.teacher.routes.items()}
+    if config.teacher.mode not in ("codistill", "frozen"):
+        return dict(config.students)
+    return (teachers or {"teacher": config.teacher}) | config.students
 
 
 def _projections(config: Config, name: str) -> tuple[int, ...]:

@@ -94,7 +94,8 @@ def deletion_told(folder: Path) -> Iterator[None]:
 def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
     randomness.seed_everything(config.run.seed, rank=ranks.rank())
     parts = assemble(config, folder)
-    tracker.dataset("train", source=config.data.source, digest=parts.corpus.fingerprint, context="training")
+    for name, (source, fingerprint) in parts.origins(config).items():
+        tracker.dataset(name, source=source, digest=fingerprint, context="training")
     loop = Loop(parts, config, folder, tracker)
     steps = loop.run(resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto")
     parts.herd.close()

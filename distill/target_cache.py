@@ -4,11 +4,12 @@ teacher = open_cached(config, tokenizer, corpus, model)         # teacher.mode =
 writing = open_writing(config, tokenizer, corpus, vocabulary)   # teacher.cache with a running teacher
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from herd.data.corpora import Corpus
+from herd.data.corpora import Corpus, MixedCorpus
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
 from herd.run import ranks
@@ -16,7 +17,7 @@ from herd.run.errors import ConfigError
 from herd.run.schema import Config
 from teachers import cache
 from teachers.cache import Identity
-from teachers.cache.identity import names_of_teacher
+from teachers.cache.identity import check, names_of_teacher
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
 
@@ -35,12 +36,15 @@ def open_cached(
     teacher than `teacher.source`, where that is a folder.
     """
     settings, source = config.teacher.cache, Path(config.teacher.source)
-    expected = _identity(config, tokenizer, corpus, vocabulary=None, teacher=None)
+    teacher = None
     if source.is_dir():
         there = cache.open(settings.path, expecting=None).manifest.identity.teacher
         names = names_of_teacher(source)
-        expected = _identity(config, tokenizer, corpus, vocabulary=None, teacher=there if there in names else names[0])
-    reader = cache.open(settings.path, expecting=expected)
+        teacher = there if there in names else names[0]
+    first, *others = _identities(config, tokenizer, corpus, vocabulary=None, teacher=teacher)
+    reader = cache.open(settings.path, expecting=first)
+    for identity in others:
+        check(settings.path, reader.manifest.identity, reader.manifest.data, identity)
     if model is None:
         return CachedTeacher(reader, missing=settings.missing)
     if not source.is_dir():
@@ -60,24 +64,30 @@ def open_writing(config: Config, tokenizer: PreTrainedTokenizerBase, corpus: Cor
     if not trains and is_spec(source):
         raise ConfigError(f"teacher.cache: teacher.source = {source} is built for this run; there is nothing to keep")
     standing = names_of_teacher(Path(source))[0] if Path(source).is_dir() else source
-    identity = _identity(
+    first, *others = _identities(
         config, tokenizer, corpus, vocabulary=vocabulary, teacher=trained_as(config) if trains else standing
     )
     model = config.run.folder / config.run.name / "teacher" if trains else source
-    command = f"python -m teachers cache --model {model} --data {config.data.source} --out {settings.path} --complete"
-    made = cache.create(settings.path, identity, settings.codec, facts={"complete": command, "model": str(model)})
+    sources = [named.source for named in config.data.sources.values()] or [config.data.source]
+    command = " && ".join(
+        f"python -m teachers cache --model {model} --data {name} --out {settings.path} --complete" for name in sources
+    )
+    made = cache.create(settings.path, first, settings.codec, facts={"complete": command, "model": str(model)})
+    for identity in others:
+        made = cache.create(settings.path, identity, settings.codec, more_data=True)
     return WriteThrough(made, made.writer(f"rank{ranks.rank()}"), trains=trains)
 
 
-def _identity(
+def _identities(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     *,
     vocabulary: int | None,
     teacher: str | None,
-) -> Identity:
-    return Identity(
+) -> list[Identity]:
+    """One for each source of the data."""
+    whole = Identity(
         tokenizer=tokenizer_digest(tokenizer),
         vocabulary=vocabulary,
         sequence_length=config.data.sequence_length,
@@ -85,3 +95,6 @@ def _identity(
         data=corpus.fingerprint,
         teacher=teacher,
     )
+    if not isinstance(corpus, MixedCorpus):
+        return [whole]
+    return [replace(whole, data=own.fingerprint) for own in corpus.corpora.values()]

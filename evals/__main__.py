@@ -102,7 +102,9 @@ def _check(arguments: argparse.Namespace) -> Data:
 def _data(arguments: argparse.Namespace) -> Data:
     """The held-out part of what the model was trained on (its lineage says), unless the command line says otherwise."""
     settings = _trained_on(arguments.model)
-    if arguments.data is not None and arguments.data != settings.source:
+    if arguments.data in settings.sources:
+        settings = settings.alone(arguments.data)
+    elif arguments.data is not None and (settings.sources or arguments.data != settings.source):
         settings = Data(source=arguments.data, sequence_length=settings.sequence_length)
     if arguments.sequence_length is not None:
         settings = settings.model_copy(update={"sequence_length": arguments.sequence_length})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evals.rows import Rows
-from herd.data.corpora import CACHE, StoredCorpus, StreamedCorpus, open_corpus
+from herd.data.corpora import CACHE, AnyCorpus, open_corpus
 from herd.data.streams import fixed_batches, packed_for_fixed
 from herd.data.tokenizer import load_tokenizer
 from herd.run.schema import Data
@@ -20,7 +20,7 @@ def rows_from(
     model_folder: str | Path,
     *,
     rows: int,
-    corpus: StoredCorpus | StreamedCorpus | None = None,
+    corpus: AnyCorpus | None = None,
     cache: Path = CACHE,
 ) -> Rows:
     """The rows that training's held-out losses are measured on, or their beginning if `rows` is fewer.
@@ -32,13 +32,21 @@ def rows_from(
     batches = fixed_batches(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
     # The same packed rows again (they are cached), to look up which document a row's key stands for.
     packed = packed_for_fixed(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
-    document_of = dict(zip(packed.keys_N.tolist(), packed.first_N2[:, 0].tolist(), strict=True))
-    keys_N = torch.cat([batch.keys_B for batch in batches]).tolist()
+    document_of: dict[tuple[int, int], int] = {}
+    first = 0
+    for number, own in enumerate(packed.values()):
+        named = zip(own.keys_N.tolist(), own.first_N2[:, 0].tolist(), strict=True)
+        document_of |= {(number, key): first + document for key, document in named}
+        first += len(own.documents)
+    keys_N: list[tuple[int, int]] = []
+    for batch in batches:
+        sources_B = torch.zeros_like(batch.keys_B) if batch.sources_B is None else batch.sources_B
+        keys_N += zip(sources_B.tolist(), batch.keys_B.tolist(), strict=True)
     return Rows(
         input_ids_NT=torch.cat([batch.input_ids_BT for batch in batches]),
         labels_NT=torch.cat([batch.labels_BT for batch in batches]),
         bytes_N=torch.cat([batch.bytes_B for batch in batches]).numpy(),
         documents_N=np.array([document_of[key] for key in keys_N]),
-        source=data.source,
-        fingerprint=packed.fingerprint,
+        source=data.origin,
+        fingerprint="+".join(own.fingerprint for own in packed.values()),
     )

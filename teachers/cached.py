@@ -14,7 +14,7 @@ from herd.data.batches import Batch
 from teachers import cache
 from teachers.cache import Reader, Writer
 from teachers.frozen import FrozenTeacher
-from teachers.targets import FullTargets, SparseTargets
+from teachers.targets import FullTargets, SparseTargets, Tail
 
 Missing = Literal["refuse", "hard", "forward"]
 
@@ -27,6 +27,11 @@ class CachedTeacher:
     ) -> None:
         self._reader, self._missing, self._live, self._writer = reader, missing, live, writer
         self._completed: set[int] = set()
+
+    @property
+    def tail(self) -> Tail:
+        """What its targets say of the classes they do not list."""
+        return self._reader.tail
 
     def targets_of(self, batch: Batch) -> SparseTargets:
         """Targets of the tokens that follow each of these, flattened to B*T.

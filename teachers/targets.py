@@ -3,6 +3,7 @@
     targets = LinearTargets(hidden_TG, head_VG)      # logits are made chunk by chunk
     targets = DenseTargets(logits_TV)                # logits exist already
     targets = SparseTargets(ids_TK, probs_TK, ...)   # what a cache kept of them
+    targets = RoutedTargets((one, other), ...)       # rows of a batch have teachers of their own
 
 Shapes: T tokens, G teacher width, V vocabulary, C tokens of a chunk, K classes kept of a token.
 """
@@ -99,7 +100,49 @@ class SparseTargets:
         return SparseTargets(*listed, self.entropy_T[rows], self.ce_T[rows], self.temperature, present)
 
 
-SoftTargets = FullTargets | SparseTargets
+@dataclass(frozen=True)
+class RoutedTargets:
+    """Targets of several teachers, each of its own rows of a batch; a row may have none."""
+
+    parts: tuple[FullTargets, ...]
+    """One a teacher, over its rows in the batch's order."""
+    part_B: tuple[int | None, ...]
+    """Which of them each row of the batch has; None without a teacher."""
+    present_T: torch.Tensor
+    """False where there is no teacher: the loss is the cross-entropy there."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.present_T)
+
+    def logits(self, rows: slice) -> torch.Tensor | None:
+        """As `FullTargets.logits`, 0 where there is no teacher; None when none of these tokens has one."""
+        pieces = [(at, None if part is None else self.parts[part].logits(own)) for part, own, at in self._spans(rows)]
+        made = [logits_CV for _, logits_CV in pieces if logits_CV is not None]
+        if not made or len(pieces) == 1:
+            return made[0] if made else None
+        together_CV = made[0].new_zeros(rows.stop - rows.start, max(logits_CV.shape[1] for logits_CV in made))
+        for at, logits_CV in pieces:
+            if logits_CV is not None:
+                together_CV[at, : logits_CV.shape[1]] = logits_CV
+                together_CV[at, logits_CV.shape[1] :] = max(LEAST_LOGIT, torch.finfo(logits_CV.dtype).min)
+        return together_CV
+
+    def _spans(self, rows: slice) -> list[tuple[int | None, slice, slice]]:
+        """(part, tokens of the part, the same tokens counted from the slice's start), in order, as long as can be."""
+        length = self.num_tokens // len(self.part_B)
+        spans: list[tuple[int | None, slice, slice]] = []
+        for row in range(rows.start // length, -(-rows.stop // length)):
+            part = self.part_B[row]
+            first, last = max(rows.start, row * length), min(rows.stop, (row + 1) * length)
+            shift = (self.part_B[:row].count(part) - row) * length
+            if spans and spans[-1][0] == part:
+                first = rows.start + spans.pop()[2].start
+            spans.append((part, slice(first + shift, last + shift), slice(first - rows.start, last - rows.start)))
+        return spans
+
+
+SoftTargets = FullTargets | SparseTargets | RoutedTargets
 """What a loss takes."""
 
 

@@ -17,7 +17,7 @@ from distill.losses.head_gradient import HeadGradient, working_dtype
 from distill.losses.kernel import STATS, LossTerms, check_targets, mix_chunk
 from distill.losses.token_stats import Alpha, TokenStats
 from herd.run.errors import ConfigError
-from teachers.targets import SoftTargets, SparseTargets
+from teachers.targets import RoutedTargets, SoftTargets, SparseTargets
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class _Job:
     chunk_tokens: int | None
     scale: torch.Tensor
     """1 / normalizer, fp64."""
+    absent_T: torch.Tensor | None
+    """True where there should be a target and is none."""
 
     @classmethod
     def of(cls, num_tokens, labels_T, targets, *, alpha, terms, ignore_index, normalizer, chunk_tokens):
@@ -148,6 +150,7 @@ class _Job:
             terms,
             chunk_tokens,
             1.0 / count.double().clamp_min(1),
+            _absent(targets),
         )
 
     def chunks(self, vocabulary: int, inputs: torch.Tensor) -> list[slice]:
@@ -162,15 +165,15 @@ class _Job:
         total = torch.zeros((), dtype=torch.float64, device=logits_CV.device)
         # The teacher's logits exist for half a chunk only.
         for half in slices(rows.start, rows.stop, -(-(rows.stop - rows.start) // 2)):
-            sparse = self.targets is None or isinstance(self.targets, SparseTargets)
-            full_CV = None if sparse else self.targets.logits(half)
+            sparse = isinstance(self.targets, SparseTargets)
+            full_CV = None if sparse or self.targets is None else self.targets.logits(half)
             whole = half.stop - half.start
             for block in slices(half.start, half.stop, whole if logits_CV.is_cuda else block_of(logits_CV.shape[1])):
                 teacher = full_CV
                 if full_CV is not None:
                     inside = slice(block.start - half.start, block.stop - half.start)
                     teacher = full_CV[inside, : logits_CV.shape[1]].to(stats_ST.dtype)
-                elif self.targets is not None:
+                elif sparse:
                     teacher = self.targets.rows(block)
                 inside = slice(block.start - rows.start, block.stop - rows.start)
                 total += self._mix_block(logits_CV[inside], block, teacher, stats_ST)
@@ -191,6 +194,7 @@ class _Job:
             teacher,
             alpha=self._alpha_of(block),
             terms=self.terms,
+            absent_C=None if self.absent_T is None else self.absent_T[block],
         )
         if working_BV.dtype != logits_BV.dtype:
             logits_BV.copy_(working_BV)
@@ -261,6 +265,11 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_loss.to(gradient.dtype)), None
+
+
+def _absent(targets: SoftTargets | None) -> torch.Tensor | None:
+    partial = isinstance(targets, SparseTargets | RoutedTargets) and targets.present_T is not None
+    return ~targets.present_T if partial else None
 
 
 def _check(num_tokens: int, labels_T: torch.Tensor, targets: SoftTargets | None, alpha: Alpha) -> None:

@@ -43,10 +43,12 @@ def mix_chunk(
     *,
     alpha: Callable[[TokenStats], torch.Tensor],
     terms: LossTerms,
+    absent_C: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [C] and statistics [S, C]; d(loss)/d(logits) [C, V] is written over `logits_CV`.
 
-    `teacher` is the sparse targets of these tokens, or whole logits [C, W], in fp32 and overwritten.
+    `teacher` is the sparse targets of these tokens, or whole logits [C, W], in fp32 and overwritten. Where `absent_C`
+    is true there should be a target and is none: the loss is the hard one.
 
     `labels_C` must be in range everywhere. Loss and statistics are zero where `valid_C` is false; the gradient is left
     to the caller, who scales it without a pass of its own.
@@ -54,7 +56,6 @@ def mix_chunk(
     q_CV, hard, soft, teacher_ce_C = fused(_measure, logits_CV)(logits_CV, labels_C, teacher, terms)
     normalizer_C, ce_C, hard_C = hard.normalizer_C, hard.ce_C, hard.value_C
     asked: dict[str, torch.Tensor] = {}
-    absent_C = _absent(teacher)
     if soft is None:
         alpha_C, kd_C, kl_C, entropy_C = (torch.zeros_like(ce_C) for _ in range(4))
     else:
@@ -149,13 +150,6 @@ def check_targets(targets: SoftTargets, terms: LossTerms) -> None:
             "divergence: sampled targets are an estimate of p that only the forward KL, linear in p, reads without "
             "bias; use forward_kl, or targets with a tail bucket"
         )
-
-
-def _absent(teacher: torch.Tensor | SparseTargets | None) -> torch.Tensor | None:
-    """[C], true where a sparse target is missing; None where none can be."""
-    if isinstance(teacher, SparseTargets) and teacher.present_T is not None:
-        return ~teacher.present_T
-    return None
 
 
 def _listed(known: dict[str, torch.Tensor], absent_C: torch.Tensor | None) -> torch.Tensor:

@@ -31,6 +31,7 @@ from herd.run.schema import Config
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
 from teachers.recorder import Place, Recorder
+from teachers.routed import RoutedTeacher
 from teachers.spans import SpanTargets
 from teachers.targets import SoftTargets
 
@@ -53,7 +54,7 @@ class Herd:
     """Everything that learns or teaches in one run."""
 
     config: Config
-    teacher: Member | FrozenTeacher | CachedTeacher | None
+    teacher: Member | FrozenTeacher | CachedTeacher | RoutedTeacher | None
     pupils: dict[str, Pupil]
     recorder: Recorder | None = None
     """Of what students' feature losses compare with; None without such losses."""
@@ -80,7 +81,7 @@ class Herd:
     def close(self) -> None:
         """Seal the cache that was written, if one was."""
         for part in (self.writing, self.teacher):
-            if isinstance(part, WriteThrough | CachedTeacher):
+            if isinstance(part, WriteThrough | CachedTeacher | RoutedTeacher):
                 part.close()
 
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
@@ -91,7 +92,7 @@ class Herd:
         self.seconds = dict.fromkeys(["data", "teacher", *self.pupils, "update"], 0.0)
         self._step = step
         for index, batch in enumerate(batches):
-            if isinstance(self.teacher, CachedTeacher) and index < len(batches) - 1:
+            if isinstance(self.teacher, CachedTeacher | RoutedTeacher) and index < len(batches) - 1:
                 self.teacher.prefetch(batches[index + 1])
             self._run_micro_batch(batch, active, tallies, scale)
             if index < len(batches) - 1:
@@ -129,8 +130,9 @@ class Herd:
             elif isinstance(self.teacher, CachedTeacher):
                 targets = partial(self.teacher.targets_of, batch)
             elif self.teacher is not None:
-                frozen = self.teacher.targets(batch.input_ids_BT)
-                targets = lambda: frozen  # noqa: E731
+                routed = isinstance(self.teacher, RoutedTeacher)
+                made = self.teacher.targets_of(batch) if routed else self.teacher.targets(batch.input_ids_BT)
+                targets = lambda: made  # noqa: E731
         self.seconds["teacher"] += time.perf_counter() - started
         with whole_head:
             soft = None if targets is None else targets()
@@ -230,16 +232,30 @@ class Herd:
             raise NumericalError(f"{name}: the loss of step {step + 1} is finite, its gradient is not. {MEND}")
         return norm
 
+    def _frozen_teachers(self, batches: list[Batch]) -> list[tuple[str, FrozenTeacher, list[Batch]]]:
+        """`field = value`, teacher and its rows, of every frozen teacher that may have made these batches' targets."""
+        if isinstance(self.teacher, FrozenTeacher):
+            return [(f"teacher.source = {self.config.teacher.source}", self.teacher, batches)]
+        if not isinstance(self.teacher, RoutedTeacher):
+            return []
+        found = []
+        for number, route in self.teacher.routes.items():
+            own = [part for batch in batches if len((part := batch.of_source(number)).keys_B)]
+            scored = isinstance(route.teacher, FrozenTeacher) and [
+                route.teacher.score(part.input_ids_BT, part.labels_BT.flatten())[0] for part in own
+            ]
+            if scored and not all(map(math.isfinite, scored)):
+                source = self.config.teacher.routes[route.source].source
+                found.append((f"teacher.routes.{route.source}.source = {source}", route.teacher, own))
+        return found
+
     def _diagnose(self, name: str, member: Member, tally: Tally, batches: list[Batch], step: int) -> str:
         from distill.diagnosis import first_fault
 
-        frozen = self.teacher if isinstance(self.teacher, FrozenTeacher) else None
-        if frozen is not None and not math.isfinite(tally.mean("teacher_ce")):
-            cause = first_fault(frozen.model, lambda batch: frozen.targets(batch.input_ids_BT), batches)
-            return (
-                f"teacher.source = {self.config.teacher.source}: its logits are not finite; {cause}. "
-                "Nothing was trained on them; choose another"
-            )
+        if not math.isfinite(tally.mean("teacher_ce")):
+            for field_value, frozen, own in self._frozen_teachers(batches):
+                cause = first_fault(frozen.model, lambda batch, of=frozen: of.targets(batch.input_ids_BT), own)
+                return f"{field_value}: its logits are not finite; {cause}. Nothing was trained on them; choose another"
         cause = first_fault(member.learner, lambda batch: member.engine(batch.input_ids_BT), batches)
         member.tap.take()
         return f"{name}: the loss of step {step + 1} is not finite; {cause}. {MEND}"

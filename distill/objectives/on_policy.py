@@ -29,7 +29,7 @@ from teachers.targets import SoftTargets
 class Continued(Batch):
     """Rows as they are in the corpus, and as each student continues them."""
 
-    by_student: dict[str, Batch]
+    by_student: dict[str, Batch] = field(kw_only=True)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class OnPolicyHerd(Herd):
         marked = list(batches)
         for place, index in enumerate(written):
             b, own = batches[index], {name: batches_of[place] for name, batches_of in versions.items()}
-            marked[index] = Continued(b.input_ids_BT, b.labels_BT, b.keys_B, b.bytes_B, own)
+            marked[index] = Continued(b.input_ids_BT, b.labels_BT, b.keys_B, b.bytes_B, b.sources_B, by_student=own)
         return marked
 
     def _write(self, name: str, prompts: list[Batch], seed: tuple[int, ...]) -> list[Batch]:

@@ -18,12 +18,20 @@ class Batch:
 
     input_ids_BT: int64. labels_BT: int64, already shifted (the token after each input token), -100 where ignored.
     keys_B: int64 names of the rows. bytes_B: int64 bytes of text the labels stand for.
+    sources_B: int64 places in `data.sources` of where the rows are from; None without named sources.
     """
 
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     keys_B: torch.Tensor
     bytes_B: torch.Tensor
+    sources_B: torch.Tensor | None = None
+
+    def of_source(self, number: int) -> "Batch":
+        """The rows of one source, in this order."""
+        own_B = self.sources_B == number
+        columns = (self.input_ids_BT, self.labels_BT, self.keys_B, self.bytes_B, self.sources_B)
+        return Batch(*(column[own_B] for column in columns))
 
 
 class RowSource(Protocol):
@@ -45,7 +53,9 @@ class RowSource(Protocol):
         ...
 
 
-def make_batch(rows_BT1: np.ndarray, keys_B: np.ndarray, bytes_B: np.ndarray) -> Batch:
+def make_batch(
+    rows_BT1: np.ndarray, keys_B: np.ndarray, bytes_B: np.ndarray, sources_B: np.ndarray | None = None
+) -> Batch:
     """A batch of rows of T + 1 tokens: inputs are the first T, labels the last T."""
     tokens_BT1 = torch.from_numpy(rows_BT1.astype(np.int64))
     return Batch(
@@ -53,6 +63,7 @@ def make_batch(rows_BT1: np.ndarray, keys_B: np.ndarray, bytes_B: np.ndarray) ->
         labels_BT=tokens_BT1[:, 1:].contiguous(),
         keys_B=torch.from_numpy(keys_B.astype(np.int64)),
         bytes_B=torch.from_numpy(bytes_B.astype(np.int64)),
+        sources_B=None if sources_B is None else torch.from_numpy(sources_B.astype(np.int64)),
     )
 
 
@@ -74,8 +85,8 @@ def check_same_rows(saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise DataError when a position was saved over other rows or another order."""
     if saved.get("rows") != here["rows"]:
         raise DataError(
-            "resume: the training rows are not those of the checkpoint (data.source, its files, the tokenizer or "
-            "data.sequence_length changed); put them back, or start a new run"
+            "resume: the training rows are not those of the checkpoint (the data's sources, their files, the tokenizer "
+            "or data.sequence_length changed); put them back, or start a new run"
         )
     if saved["seed"] != here["seed"]:
         raise DataError(f"resume: run.seed = {here['seed']}, but the checkpoint has {saved['seed']}; put it back")

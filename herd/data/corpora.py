@@ -7,6 +7,8 @@ for document in corpus.documents("train"): ...
 import difflib
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -141,17 +143,70 @@ class PartReader:
         return self._reader.cursor()
 
 
-def open_corpus(data: Data, *, cache: Path = CACHE) -> StoredCorpus | StreamedCorpus:
+class MixedCorpus:
+    """Several named corpora, each of which keeps its documents, its parts and its fingerprint."""
+
+    def __init__(self, corpora: dict[str, StoredCorpus | StreamedCorpus], weights: dict[str, float]) -> None:
+        self.corpora, self.weights = corpora, weights
+        self.name = ", ".join(corpora)
+        facts = "\n".join(f"{name} {weights[name]!r} {corpus.fingerprint}" for name, corpus in corpora.items())
+        self.fingerprint = hashlib.sha256(f"mixed\n{facts}".encode()).hexdigest()
+
+    def documents(self, part: Part) -> Iterator[Document]:
+        for name, corpus in self.corpora.items():
+            yield from (replace(document, id=f"{name}/{document.id}") for document in corpus.documents(part))
+
+    def sample(self, part: Part, max_bytes: int) -> Iterator[Document]:
+        """See `Corpus.sample`: of every source, by weight."""
+        total = sum(self.weights.values())
+        for name, corpus in self.corpora.items():
+            for document in corpus.sample(part, int(max_bytes * self.weights[name] / total)):
+                yield replace(document, id=f"{name}/{document.id}")
+
+    def describe(self) -> str:
+        return "; ".join(f"{name} = {corpus.describe()}" for name, corpus in self.corpora.items())
+
+
+AnyCorpus = StoredCorpus | StreamedCorpus | MixedCorpus
+
+
+def open_corpus(data: Data, *, cache: Path = CACHE) -> AnyCorpus:
     """Open `data.source`: `stdlib`, a text, jsonl, json or parquet file, a folder of them, or a hub dataset id.
 
-    Raises DataError, in one line, for what is missing, empty, unreadable, or lacks the text field.
+    With `data.sources` all of those. Raises DataError, in one line, for what is missing, empty, unreadable, or lacks
+    the text field.
     """
+    if data.sources:
+        weights = {name: source.weight for name, source in data.sources.items()}
+        corpora = {}
+        for name in data.sources:
+            with _naming(name):
+                corpora[name] = _open_one(data.alone(name), cache)
+        return MixedCorpus(corpora, weights)
+    return _open_one(data, cache)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the source's name in front of an error's line."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.sources.{name}: {error}") from error
+
+
+def _open_one(data: Data, cache: Path) -> StoredCorpus | StreamedCorpus:
     source = _open_source(data, cache)
     return StreamedCorpus(source, data) if data.streaming else StoredCorpus(source, data)
 
 
 def check_source(data: Data) -> None:
-    """Raise DataError when `data.source` is neither on this machine nor can be a hub id. Nothing of it is read."""
+    """Raise DataError when a source is neither on this machine nor can be a hub id. Nothing of it is read."""
+    if data.sources:
+        for name in data.sources:
+            with _naming(name):
+                check_source(data.alone(name))
+        return
     path = Path(data.source).expanduser().resolve()
     if data.source != "stdlib" and not path.exists() and not hub.is_id(data.source):
         raise DataError(f"data.source = {data.source}: {_absent(path)}")

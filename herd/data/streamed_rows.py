@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from herd.data.batches import Batch, check_same_rows, make_batch, places_of_rank
 from herd.data.corpora import StreamedCorpus
 from herd.data.encoding import Encoder
+from herd.data.mixed_rows import Columns
 from herd.data.permutation import shuffled
 from herd.data.row_cutter import CutRows, CutterState, RowCutter
 from herd.data.sources import Cursor, Document
@@ -152,16 +153,20 @@ class StreamedRows:
 
     def take(self, step: int, *, rows: int, micro_rows: int, rank: int, world: int) -> list[Batch]:
         """See `RowSource.take`. Steps in order are cheap; going back reads the stream again from its start."""
-        wanted = np.arange(step * rows, (step + 1) * rows)
-        parts = [
-            self._rows(int(number), wanted[wanted // BLOCK_ROWS == number])
-            for number in np.unique(wanted // BLOCK_ROWS)
-        ]
-        rows_RT1, keys_R, bytes_R = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        rows_RT1, keys_R, bytes_R = self.read(np.arange(step * rows, (step + 1) * rows), np.arange(rows))
         if rank == 0:
-            self._tell_wrap(step)
+            self.tell_wrap(step, (step + 1) * rows - 1)
         chosen = places_of_rank(rows, micro_rows=micro_rows, rank=rank, world=world)
         return [make_batch(rows_RT1[places_B], keys_R[places_B], bytes_R[places_B]) for places_B in chosen]
+
+    def read(self, places: np.ndarray, kept: np.ndarray) -> Columns:
+        """See `Stream.read`. All places are walked over, so that every rank stands at the same one."""
+        parts = [
+            self._rows(int(number), places[places // BLOCK_ROWS == number])
+            for number in np.unique(places // BLOCK_ROWS)
+        ]
+        rows_RT1, keys_R, bytes_R = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return rows_RT1[kept], keys_R[kept], bytes_R[kept]
 
     def _rows(self, number: int, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if number < self._block.number:
@@ -175,12 +180,14 @@ class StreamedRows:
         self._reader = RowReader(self._corpus, self._part, self._encoder, self._length, start=start, number=number)
         self._block = self._reader.next_block()
 
-    def _tell_wrap(self, step: int) -> None:
+    def tell_wrap(self, step: int, last: int, of: str = "") -> None:
+        """See `Stream.tell_wrap`."""
         if self._block.end_epoch > 0 and not self._told:
             self._told = True
             log.warning(
-                "step %d: the streamed text has been read to its end; epoch %d begins at its start again",
+                "step %d: the streamed text%s has been read to its end; epoch %d begins at its start again",
                 step,
+                of,
                 self._block.end_epoch + 1,
             )
 

@@ -86,7 +86,12 @@ def _training(record: Record) -> str:
 
 def _how(record: Record) -> str:
     students = formats.listed(record.students) if record.students else "its models"
-    source = record.config.get("teacher", {}).get("source", "")
+    teacher = record.config.get("teacher", {})
+    source, routes = teacher.get("source", ""), teacher.get("routes", {})
+    if routes:
+        listed = formats.listed([f"{route['source']} for {name}" for name, route in routes.items()])
+        what = "cached targets" if record.teacher_mode == "cached" else "frozen teachers"
+        return f"trained {students} from {what} ({listed})"
     match record.teacher_mode:
         case "codistill":
             return f"trained {students} together with their teacher ({source})"

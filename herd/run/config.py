@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from herd.run import config_checks, config_faults, config_overrides, config_text
+from herd.run import config_checks, config_faults, config_overrides, config_text, source_checks
 from herd.run.config_checks import check_expert_parallel, split_batch
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
@@ -79,8 +79,9 @@ def _refusal(path: str | Path, overrides: Sequence[str], lines: list[str]) -> Co
 
 
 def dump(config: Config) -> str:
-    """YAML text with every field written out, which `load` reads back to an equal configuration."""
-    return config_text.write(config.model_dump(mode="json"))
+    """YAML text with every field that has a say, which `load` reads back to an equal configuration."""
+    silent = {section: set(fields) for section, _, fields in source_checks.replaced(config)}
+    return config_text.write(config.model_dump(mode="json", exclude=silent))
 
 
 def diff(old: Config, new: Config) -> list[str]:

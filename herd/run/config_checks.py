@@ -6,7 +6,7 @@ for line in faults(config): ...        micro_rows, accumulation = split_batch(co
 from collections import Counter
 from collections.abc import Iterator
 
-from herd.run import deepspeed_config, learning_checks
+from herd.run import deepspeed_config, learning_checks, source_checks
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 
@@ -30,6 +30,7 @@ def faults(config: Config) -> Iterator[str]:
                     f"{export_name(name, scheme, container, method)}; keep one"
                 )
     yield from learning_checks.faults(config)
+    yield from source_checks.faults(config)
     optim, batch = config.optim, config.batch
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         yield (

@@ -56,7 +56,7 @@ def _on_policy_faults(config: Config, objective: OnPolicy) -> Iterator[str]:
 
 def _cache_faults(config: Config) -> Iterator[str]:
     mode, cached = config.teacher.mode, config.teacher.cache
-    if mode == "cached" and cached is None:
+    if mode == "cached" and cached is None and not config.teacher.routes:
         yield "teacher.mode = cached: needs teacher.cache.path, the folder of a cache (python -m teachers cache --help)"
     if cached is None:
         return

@@ -34,7 +34,7 @@ class Run(Section):
     """Steps between held-out losses during training; 0 for none."""
 
 
-class Data(Section):
+class DataSource(Section):
     source: str = "stdlib"
     """`stdlib` (text of the running Python's library), a local file or folder, or a hub dataset id."""
     subset: str | None = None
@@ -45,6 +45,18 @@ class Data(Section):
     """Field that holds the text in jsonl, parquet and hub rows."""
     streaming: bool = False
     """Read a dataset as it comes, without storing it."""
+
+
+class NamedSource(DataSource):
+    source: str
+    """As `data.source`."""
+    weight: float = Field(1.0, gt=0.0)
+    """Share of the rows, relative to the other sources'."""
+
+
+class Data(DataSource):
+    sources: dict[Name, NamedSource] = {}
+    """Several sources by name in place of `source`: each is packed alone, rows of all are mixed by weight."""
     sequence_length: int = Field(256, ge=8)
     """Tokens a packed row feeds the model."""
     heldout_fraction: float = Field(0.05, gt=0.0, lt=0.5)
@@ -53,6 +65,16 @@ class Data(Section):
     """Share of documents kept for calibration."""
     heldout_rows: int = Field(64, gt=0)
     """Held-out rows evaluated, at most."""
+
+    def alone(self, name: str) -> "Data":
+        """One named source as the only one."""
+        common = self.model_dump(exclude={"sources", *DataSource.model_fields})
+        return Data(**common, **self.sources[name].model_dump(exclude={"weight"}))
+
+    @property
+    def origin(self) -> str:
+        """The source, or all named ones, for people."""
+        return ", ".join(source.source for source in self.sources.values()) or self.source
 
 
 class Tokenizer(Section):
@@ -124,6 +146,15 @@ class TargetCache(Section):
     `forward` has teacher.source make them and keeps them."""
 
 
+class Route(Section):
+    source: str
+    """The teacher: a spec, a model folder, or a hub id."""
+    overrides: dict[str, Any] = {}
+    """As a student's."""
+    cache: TargetCache | None = None
+    """Its soft targets on disk, written (`frozen`) or read (`cached`)."""
+
+
 class Teacher(Section):
     mode: Literal["codistill", "frozen", "cached", "none"] = "codistill"
     """`codistill`: trains beside the students, its training forward is their target. `frozen`: only read.
@@ -140,6 +171,13 @@ class Teacher(Section):
     """Steps the teacher trains alone before the students start (`codistill` only)."""
     cache: TargetCache | None = None
     """Soft targets on disk, written or read."""
+    routes: dict[Name, Route] = {}
+    """A teacher for each source of `data.sources`, in place of `source`; rows of other sources have none."""
+
+    def alone(self, name: str) -> "Teacher":
+        """One route as the only teacher."""
+        route = self.routes[name]
+        return Teacher(mode=self.mode, source=route.source, overrides=route.overrides, cache=route.cache)
 
 
 class Calibrate(Section):
@@ -279,3 +317,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     deepspeed: DeepSpeed = DeepSpeed()
+
+    def alone(self, name: str) -> "Config":
+        """The run with one route's source and teacher in the single form."""
+        return self.model_copy(update={"data": self.data.alone(name), "teacher": self.teacher.alone(name)})

@@ -148,7 +148,11 @@ def _data(given: argparse.Namespace, known: dict[str, Any]) -> Data:
 
     found = known.get("data_config") or read_lineage(Path(given.model)).get("data_config") or {}
     settings = Data.model_validate(found)
-    if given.data is not None and given.data != settings.source:
+    if given.data in settings.sources:
+        settings = settings.alone(given.data)
+    elif settings.sources and given.data is None:
+        raise ConfigError(f"--data: rows of one source at a time; give one of {', '.join(settings.sources)}")
+    elif given.data is not None and (settings.sources or given.data != settings.source):
         settings = Data(source=given.data, sequence_length=settings.sequence_length)
     length = known["sequence_length"]
     return settings if length is None else settings.model_copy(update={"sequence_length": length})

@@ -231,3 +231,15 @@ def test_the_command_is_an_mlflow_run(place, monkeypatch):
     assert run.data.params["identity.teacher"] == cache.open(Path("cached"), expecting=None).manifest.identity.teacher
     assert run.data.metrics["cache/rows"] == 6 and run.data.tags["herd.role"] == "cache"
     assert [entry.path for entry in client.list_artifacts(run.info.run_id) if entry.path == "cache.json"]
+
+
+def test_a_teacher_of_several_sources_is_cached_over_one_at_a_time(place: Path, capsys):
+    sources = {name: {"source": str(place / name)} for name in ("texts", "more")}
+    data = Data(sources=sources, sequence_length=LENGTH).model_dump(mode="json")
+    write_lineage(place / "teacher", role="teacher", data_config=data)
+    words = ["cache", "--model", "teacher", "--out", "cached", "--no-tracking"]
+    assert main(words) == 2
+    assert "--data: rows of one source at a time; give one of texts, more" in capsys.readouterr().err
+    made = run([*words, "--data", "more"], capsys)
+    keys = packed(str(place / "more")).keys_N
+    assert set(cache.open(place / "cached", expecting=None).keys_N.tolist()) == set(keys.tolist()) and made
