@@ -66,6 +66,8 @@ DYNAMIC: dict[str, dict[str, Any]] = {
     "calibration student": {"kind": "calibration", "reference": "student"},
     "slope": {"kind": "slope"},
 }
+HEATED = ("maturity", "lead", "gap step")
+"""Designs that are run at the higher temperature, too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Arm:
 def arms() -> list[Arm]:
     """The student alone, the grid of constants, and every design."""
     grid = [Arm(f"{alpha:g} at {heat:g}", alpha, heat) for heat in TEMPERATURES for alpha in CONSTANTS]
-    return [Arm("alone", 0.0), *grid, *(Arm(name, settings) for name, settings in DYNAMIC.items())]
+    dynamic = [Arm(name, settings) for name, settings in DYNAMIC.items()]
+    heated = [Arm(f"{name} at 2", DYNAMIC[name], 2.0) for name in HEATED]
+    return [Arm("alone", 0.0), *grid, *dynamic, *heated]
 
 
 @lru_cache
@@ -149,7 +153,7 @@ class Lesson:
         teacher_TV = self._teacher.read(context_TX, labels_T, place)
         logits_A = self._students.logits(context_TX).unbind()
         losses = [self._constants(logits_A, labels_T, teacher_TV, heat) for heat in TEMPERATURES]
-        losses.append(self._designed(logits_A, labels_T, teacher_TV, step))
+        losses += [self._designed(logits_A, labels_T, teacher_TV, heat, step) for heat in TEMPERATURES]
         self._students.step(sum(losses), learning_rate(Optim(), step, steps=STEPS, peak=STUDENT_RATE))
         self._probe(step)
 
@@ -163,17 +167,18 @@ class Lesson:
         return together([logits_A[place] for place in own], labels_T, teacher_TV, alpha, temperature).loss
 
     def _designed(
-        self, logits_A: Sequence[torch.Tensor], labels_T: torch.Tensor, teacher_TV: torch.Tensor, step: int
+        self, logits_A: Sequence[torch.Tensor], labels_T: torch.Tensor, teacher_TV: torch.Tensor, heat: float, step: int
     ) -> torch.Tensor:
-        """The sum of the losses of all designs, each of which learns from the step."""
-        turn = InTurn(list(self._designs.values()))
-        out = together([logits_A[place] for place in self._designs], labels_T, teacher_TV, turn.alpha, 1.0)
+        """The sum of the losses of all designs at one temperature, each of which learns from the step."""
+        own = [place for place in self._designs if self._arms[place].temperature == heat]
+        turn = InTurn([self._designs[place] for place in own])
+        out = together([logits_A[place] for place in own], labels_T, teacher_TV, turn.alpha, heat)
         valid_T = torch.ones_like(labels_T, dtype=torch.bool)
-        for (place, design), stats_ST in zip(self._designs.items(), out.stats_ST.split(TOKENS_A_STEP, 1), strict=False):
+        for number, place in enumerate(own):
             tally = Tally(top_k=1)
-            tally.add(stats_ST, valid_T, [])
+            tally.add(out.stats_ST[:, number * TOKENS_A_STEP : (number + 1) * TOKENS_A_STEP], valid_T, [])
             stats = tally.step_stats(step)
-            design.update(stats)
+            self._designs[place].update(stats)
             self._alphas[place].append(stats.alpha)
         return out.loss
 

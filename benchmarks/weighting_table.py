@@ -18,7 +18,7 @@ GOOD = tuple(cell for cell in CONTESTED if cell.startswith("good/"))
 
 def is_constant(arm: str) -> bool:
     """`0.3 at 2`: a constant weight and its temperature."""
-    return " at " in arm
+    return arm[0].isdigit()
 
 
 def compare(runs: dict[str, Any]) -> dict[str, Any]:
@@ -61,18 +61,17 @@ def _means(rows: list[list[float]]) -> list[float]:
 
 def differences_table(cells: dict[str, Any]) -> str:
     """Markdown: every arm's mean difference to the student alone, by cell."""
-    arms = next(iter(cells.values()))["arms"]
+    arms = [arm for arm in next(iter(cells.values()))["arms"] if arm != ALONE]
     lines = [f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
-    lines.append(f"| alone: KL to the truth | {_row(cells, lambda cell: f'{cell["arms"][ALONE]["kl"]:.3f}')} |")
-    lines.append(f"| teacher: KL to the truth | {_row(cells, lambda cell: f'{cell["teacher_kl"]:.3f}')} |")
-    lines.append(f"| best constant | {_row(cells, lambda cell: cell['best_constant'])} |")
-    for arm in (arm for arm in arms if arm != ALONE):
-        lines.append(f"| {arm} | {_row(cells, lambda cell, arm=arm: _shown(cell, arm))} |")
+    lines.append(_line("alone: KL to the truth", [f"{cell['arms'][ALONE]['kl']:.3f}" for cell in cells.values()]))
+    lines.append(_line("teacher: KL to the truth", [f"{cell['teacher_kl']:.3f}" for cell in cells.values()]))
+    lines.append(_line("best constant", [cell["best_constant"] for cell in cells.values()]))
+    lines += [_line(arm, [_shown(cell, arm) for cell in cells.values()]) for arm in arms]
     return "\n".join(lines)
 
 
-def _row(cells: dict[str, Any], show: Any) -> str:
-    return " | ".join(show(cell) for cell in cells.values())
+def _line(name: str, values: list[str]) -> str:
+    return f"| {name} | {' | '.join(values)} |"
 
 
 def _shown(cell: dict[str, Any], arm: str) -> str:
