@@ -8,13 +8,14 @@ from distill.weighting.gate import Gate
 from distill.weighting.gradients import Gradients
 from distill.weighting.interface import StepStats, Weighting
 from distill.weighting.lead import Lead
+from distill.weighting.maturity import Maturity
 from distill.weighting.repair import Repair
 from distill.weighting.schedule import Schedule
 from distill.weighting.slope import Slope
 from distill.weighting.uncertainty import Uncertainty
 from herd.run import weighting as settings_of
 
-__all__ = ["StepStats", "Weighting", "build"]
+__all__ = ["Slope", "StepStats", "Weighting", "build"]
 
 
 def build(settings: settings_of.Weighting, *, steps: int) -> Weighting:
@@ -26,6 +27,8 @@ def build(settings: settings_of.Weighting, *, steps: int) -> Weighting:
             return Schedule(settings, steps=steps)
         case settings_of.LeadAlpha():
             return Lead(settings, steps=steps)
+        case settings_of.MaturityAlpha():
+            return Maturity(settings)
         case settings_of.ConfidenceAlpha():
             return Confidence(settings)
         case settings_of.GateAlpha():

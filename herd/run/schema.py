@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from herd.run.comparisons import CrossTokenizer, Feature
 from herd.run.section import Fraction, Name, Section
-from herd.run.weighting import LeadAlpha, Weighting
+from herd.run.weighting import MaturityAlpha, Weighting
 
 
 class Run(Section):
@@ -227,7 +227,7 @@ class Student(Model):
 
 
 class Loss(Section):
-    weighting: Weighting = LeadAlpha(kind="lead")
+    weighting: Weighting = MaturityAlpha(kind="maturity")
     """How soft and hard targets are mixed."""
     temperature: float = Field(1.0, gt=0.0)
     """Of the soft targets; their loss is multiplied by its square."""

@@ -51,6 +51,16 @@ class LeadAlpha(Section):
     """Share of the run's steps the running means reach back."""
 
 
+class MaturityAlpha(Section):
+    kind: Literal["maturity"]
+    peak: Fraction = 0.9
+    """Weight of the soft target of a mature teacher that leads towards the truth."""
+    scale: float = Field(0.25, gt=0.0)
+    """Nats ahead at which a teacher that learns no more is mature; one that still learns needs its growth on top."""
+    sure: float = Field(0.8, ge=0.0, le=1.0)
+    """Trust from which the weight is not lowered: noisy labels keep that of a perfect teacher below 1."""
+
+
 class ConfidenceAlpha(Section):
     kind: Literal["confidence"]
     measure: Literal["peak", "entropy"] = "entropy"
@@ -130,6 +140,7 @@ Weighting = Annotated[
     ConstantAlpha
     | ScheduledAlpha
     | LeadAlpha
+    | MaturityAlpha
     | ConfidenceAlpha
     | GateAlpha
     | RepairAlpha

@@ -28,6 +28,7 @@ DESIGNS = [
     {"kind": "constant"},
     {"kind": "schedule"},
     {"kind": "lead"},
+    {"kind": "maturity"},
     {"kind": "confidence", "measure": "peak"},
     {"kind": "confidence", "measure": "entropy"},
     {"kind": "gate"},

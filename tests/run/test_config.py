@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from herd.run import config, config_faults, config_text
 from herd.run.errors import USAGE, ConfigError
 from herd.run.schema import Config
-from herd.run.weighting import LeadAlpha
+from herd.run.weighting import MaturityAlpha
 
 MINIMAL = "run: {name: try, steps: 10}\nstudents: {scout: {source: scout-nano}}\n"
 
@@ -26,6 +26,7 @@ weightings = st.one_of(
     st.fixed_dictionaries({"kind": st.just("constant")}, optional={"alpha": fractions}),
     st.fixed_dictionaries({"kind": st.just("schedule")}, optional={"shape": st.sampled_from(["linear", "staged"])}),
     st.fixed_dictionaries({"kind": st.just("lead")}, optional={"peak": fractions, "width": positive}),
+    st.fixed_dictionaries({"kind": st.just("maturity")}, optional={"sure": fractions, "scale": positive}),
     st.fixed_dictionaries({"kind": st.just("confidence")}, optional={"measure": st.sampled_from(["peak", "entropy"])}),
     st.fixed_dictionaries({"kind": st.just("gradients")}, optional={"rule": st.just("mgda"), "kappa": positive}),
 )
@@ -139,7 +140,7 @@ def test_an_unknown_key_one_letter_away_suggests_the_nearest(
         ("studnets", "did you mean students?"),
         ("students.scout.quantise", "did you mean students.scout.quantize?"),
         ("loss.weighting.horizons", "did you mean loss.weighting.horizon?"),
-        ("loss.weighting.alpha", f"allowed here: {', '.join(LeadAlpha.model_fields)}"),
+        ("loss.weighting.alpha", f"allowed here: {', '.join(MaturityAlpha.model_fields)}"),
         ("objective.fraction", "allowed here: kind"),
         ("batch.qqqq", "allowed here: rows, micro_rows"),
     ],
@@ -271,7 +272,7 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
     assert [q.scheme for q in loaded.students["scout"].quantize] == ["int4", "fp8"]
     assert loaded.students["tiny"].lr == 1e-4
     assert loaded.teacher.overrides == {"num_hidden_layers": 4}
-    assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("lead", 0.5)
+    assert (loaded.loss.weighting.kind, loaded.loss.weighting.peak) == ("maturity", 0.5)
     assert loaded.tracking.uri is None
 
 

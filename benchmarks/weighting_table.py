@@ -1,0 +1,125 @@
+"""Paired comparisons of the runs of benchmarks/weighting.py, and the tables of docs/weighting.md.
+
+    cells = compare(runs); print(differences_table(cells)); print(goals_table(cells))
+
+A difference is student minus reference in KL to the truth (or held-out loss), nats, seed by seed: below 0 is better.
+"""
+
+import statistics
+from typing import Any
+
+from quality import interval
+
+ALONE = "alone"
+MOST_REGRET = 0.01
+CONTESTED = tuple(f"{teacher}/{data}" for teacher in ("good", "weak", "co") for data in ("clean", "shift", "noise"))
+GOOD = tuple(cell for cell in CONTESTED if cell.startswith("good/"))
+
+
+def is_constant(arm: str) -> bool:
+    """`0.3 at 2`: a constant weight and its temperature."""
+    return arm[0].isdigit()
+
+
+def compare(runs: dict[str, Any]) -> dict[str, Any]:
+    """Every cell: its best constant, chosen in hindsight by the mean over seeds, and every arm against it and alone."""
+    cells: dict[str, dict[int, Any]] = {}
+    for name, run in runs.items():
+        cell, seed = name.rsplit("/", 1)
+        cells.setdefault(cell, {})[int(seed)] = run
+    return {cell: _compared([by_seed[seed] for seed in sorted(by_seed)]) for cell, by_seed in cells.items()}
+
+
+def _compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    kl = {arm: [run["arms"][arm]["kl"] for run in runs] for arm in runs[0]["arms"]}
+    ce = {arm: [run["arms"][arm]["ce"] for run in runs] for arm in runs[0]["arms"]}
+    best = min(filter(is_constant, kl), key=lambda arm: statistics.mean(kl[arm]))
+    arms = {
+        arm: {
+            "kl": statistics.mean(kl[arm]),
+            "to_alone": difference(kl[arm], kl[ALONE]),
+            "to_best_constant": difference(kl[arm], kl[best]),
+            "heldout_to_alone": difference(ce[arm], ce[ALONE]),
+            "alpha_by_fifth": _means([run["arms"][arm].get("alpha", []) for run in runs]),
+        }
+        for arm in kl
+    }
+    teacher = statistics.mean(run["teacher_kl"] for run in runs)
+    return {"seeds": len(runs), "teacher_kl": teacher, "best_constant": best, "arms": arms}
+
+
+def difference(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Mean of the paired differences, its 95 % Student interval, and the worst seed."""
+    differences = [our - their for our, their in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(differences)
+    return {"mean": mean, "ci95": interval(differences), "worst": max(differences)}
+
+
+def _means(rows: list[list[float]]) -> list[float]:
+    return [statistics.mean(column) for column in zip(*rows, strict=True)]
+
+
+def differences_table(cells: dict[str, Any]) -> str:
+    """Markdown: every arm's mean difference to the student alone, by cell."""
+    arms = [arm for arm in next(iter(cells.values()))["arms"] if arm != ALONE]
+    lines = [f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    lines.append(_line("alone: KL to the truth", [f"{cell['arms'][ALONE]['kl']:.3f}" for cell in cells.values()]))
+    lines.append(_line("teacher: KL to the truth", [f"{cell['teacher_kl']:.3f}" for cell in cells.values()]))
+    lines.append(_line("best constant", [cell["best_constant"] for cell in cells.values()]))
+    lines += [_line(arm, [_shown(cell, arm) for cell in cells.values()]) for arm in arms]
+    return "\n".join(lines)
+
+
+def _line(name: str, values: list[str]) -> str:
+    return f"| {name} | {' | '.join(values)} |"
+
+
+def _shown(cell: dict[str, Any], arm: str) -> str:
+    text = f"{1000 * cell['arms'][arm]['to_alone']['mean']:+.0f}"
+    return f"**{text}**" if arm == cell["best_constant"] else text
+
+
+def intervals_table(cells: dict[str, Any], chosen: list[str]) -> str:
+    """Markdown: some designs against the best constant and against the student alone, with intervals."""
+    lines = ["| cell | best constant | design | to the best constant | to alone | worst seed | alpha by fifth |"]
+    lines.append("|---" * 7 + "|")
+    for name, cell in cells.items():
+        for arm in chosen:
+            found = cell["arms"][arm]
+            alphas = ", ".join(f"{alpha:.2f}" for alpha in found["alpha_by_fifth"])
+            both = " | ".join(_with_interval(found[key]) for key in ("to_best_constant", "to_alone"))
+            worst = 1000 * found["to_alone"]["worst"]
+            lines.append(f"| {name} | {cell['best_constant']} | {arm} | {both} | {worst:+.1f} | {alphas} |")
+    return "\n".join(lines)
+
+
+def _with_interval(found: dict[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{1000 * found['mean']:+.1f} [{1000 * low:+.1f}, {1000 * high:+.1f}]"
+
+
+def goals(cells: dict[str, Any], arm: str) -> dict[str, Any]:
+    """What one arm does of what is wanted: no regret anywhere, near the best constant of a good teacher, wins."""
+    to_alone = {name: cell["arms"][arm]["to_alone"]["mean"] for name, cell in cells.items()}
+    to_best = {name: cells[name]["arms"][arm]["to_best_constant"] for name in CONTESTED if name in cells}
+    worst = max(to_alone, key=lambda name: to_alone[name])
+    return {
+        "most_regret": to_alone[worst],
+        "where": worst,
+        "behind_best_of_good": max(to_best[name]["mean"] for name in GOOD if name in to_best),
+        "wins": sum(found["mean"] < 0 for found in to_best.values()),
+        "sure_wins": sum(found["ci95"][1] < 0 for found in to_best.values()),
+        "mean_to_best": statistics.mean(found["mean"] for found in to_best.values()),
+    }
+
+
+def goals_table(cells: dict[str, Any]) -> str:
+    """Markdown: the goals of every design, and of the constants for comparison, the least regret first."""
+    rows = {arm: goals(cells, arm) for arm in next(iter(cells.values()))["arms"] if arm != ALONE}
+    lines = ["| arm | most regret | where | behind the best constant of a good teacher | wins of 9 (sure) | mean |"]
+    lines.append("|---" * 6 + "|")
+    for arm, found in sorted(rows.items(), key=lambda row: row[1]["mean_to_best"]):
+        wins = f"{found['wins']} ({found['sure_wins']})"
+        nats = [f"{1000 * found[key]:+.0f}" for key in ("most_regret", "behind_best_of_good", "mean_to_best")]
+        lines.append(f"| {arm} | {nats[0]} | {found['where']} | {nats[1]} | {wins} | {nats[2]} |")
+    return "\n".join(lines)
