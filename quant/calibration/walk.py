@@ -19,6 +19,7 @@ from quant.calibration.activations import Activations
 from quant.calibration.coverage import treatment
 from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
+from quant.calibration.memory import give_back
 from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.stages import input_key, stages
@@ -82,6 +83,7 @@ class Walk:
             self._ledger.add(index, block.tensors, {"inputs": block.inputs})
         for states in self._states():
             states.drop(index)
+        give_back()
 
     def _pass_on(self, index: int, layer: nn.Module, states: Activations) -> None:
         states.write(index + 1, (self.decoder.run(index, layer, hidden_BTH) for hidden_BTH in states.read(index)))

@@ -3,10 +3,9 @@
     factor_K = Awq().factors([(weight_ENK, hessian_EKK, tokens_E), ...], grid)
     codes_ENK, parameters = Awq().round(weight_ENK, grid, hessian_EKK)
 
-A factor for each input channel multiplies the weights before they are rounded and divides what makes their input
-(`folds`). Factors are x^a, x the root mean square of a channel's inputs, rounded to powers of two, so that nothing else
-changes by a bit; of all a in [0, 1] tried, the least output error wins, and a = 0 is no scaling.
-E, N, K as in `method`.
+A factor x^a for each input channel (x its root mean square, a the best in [0, 1]) multiplies the weights before they
+are rounded and divides what makes their input (`folds`); powers of two, so nothing else changes by a bit. E, N, K as in
+`method`.
 """
 
 from collections.abc import Sequence
