@@ -2,7 +2,7 @@
 
     python benchmarks/weighting.py [--seeds 5] [--teachers good co] [--data clean]
 
-Students of three dozen arms learn side by side from the same batches; every arm is compared, seed by seed, with the
+Students of four dozen arms learn side by side from the same batches; every arm is compared, seed by seed, with the
 student alone and with the best constant. Finished runs are kept in benchmarks/results/weighting.json, not run again.
 Shapes: A students, T tokens of a step, X tokens of context, V vocabulary.
 """
@@ -66,8 +66,9 @@ DYNAMIC: dict[str, dict[str, Any]] = {
     "calibration student": {"kind": "calibration", "reference": "student"},
     "slope": {"kind": "slope"},
 }
-HEATED = ("maturity", "lead", "gap step")
-"""Designs that are run at the higher temperature, too."""
+DYNAMIC_AT_2 = ("maturity", "lead", "gap step")
+BEYOND = (0.95, 1.0)
+"""Above the grid of constants, whose best is its largest with a good teacher."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ def arms() -> list[Arm]:
     """The student alone, the grid of constants, and every design."""
     grid = [Arm(f"{alpha:g} at {heat:g}", alpha, heat) for heat in TEMPERATURES for alpha in CONSTANTS]
     dynamic = [Arm(name, settings) for name, settings in DYNAMIC.items()]
-    heated = [Arm(f"{name} at 2", DYNAMIC[name], 2.0) for name in HEATED]
-    return [Arm("alone", 0.0), *grid, *dynamic, *heated]
+    heated = [Arm(f"{name} at 2", DYNAMIC[name], 2.0) for name in DYNAMIC_AT_2]
+    beyond = [Arm(f"beyond the grid: {alpha:g} at {heat:g}", alpha, heat) for heat in TEMPERATURES for alpha in BEYOND]
+    higher = [Arm(f"maturity to 0.95 at {heat:g}", DYNAMIC["maturity"] | {"peak": 0.95}, heat) for heat in TEMPERATURES]
+    return [Arm("alone", 0.0), *grid, *dynamic, *heated, *beyond, *higher]
 
 
 @lru_cache
