@@ -5,6 +5,7 @@
 Each part is skipped when its result is there already, so a run killed here goes on from where it was.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from herd.run.config_checks import export_name
 from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
 from herd.run.tracking import Tracker
+from quant.calibration.draw import draw
+from quant.exports import COVERAGE
 from quant.gate_process import GateProcess
+from quant.methods.names import reads_rows
 from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
@@ -61,7 +65,7 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     # Both processes import what they need while the exports are made.
     with evals.Probe() as probe, GateProcess() as gate:
         exports = {
-            compress(run_folder, student, settings, tracker, gate): run_folder / "students" / student
+            compress(config, run_folder, student, settings, tracker, gate): run_folder / "students" / student
             for student, wanted in config.students.items()
             for settings in wanted.quantize
         }
@@ -77,19 +81,35 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     print(f"report: {page}", flush=True)
 
 
-def compress(run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess) -> Path:
+def compress(
+    config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess
+) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
-    name = export_name(student, settings.scheme, settings.container)
+    name = export_name(student, settings.scheme, settings.container, settings.method)
     folder = run_folder / "exports" / name
     if not folder.exists():
         source = run_folder / "students" / student
+        calibration = None
+        if reads_rows(settings.method, settings.scheme):
+            calibration = draw(settings.calibration, config.data, source, out=folder)
         quantized = quant.quantize(
-            source, scheme=settings.scheme, group_size=settings.group_size, container=settings.container
+            source,
+            scheme=settings.scheme,
+            group_size=settings.group_size,
+            container=settings.container,
+            method=settings.method,
+            calibration=calibration,
         )
         child = tracker.nested(name, role="export", params=settings.model_dump())
         tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
+        if calibration is not None:
+            rows = calibration.rows
+            child.dataset("calibration rows", rows.source, rows.fingerprint, "calibration")
         quant.export(quantized, folder, lineage=lineage, gate=gate)
+        if (folder / COVERAGE).is_file():
+            summary = json.loads((folder / COVERAGE).read_text())["summary"]
+            child.metrics({f"calibration/{key}": float(value) for key, value in summary.items()}, step=config.run.steps)
         print(f"{name}: exported and checked, {folder}")
     return folder
 

@@ -5,6 +5,7 @@ check_exports(config)             # ConfigError naming the student
 
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
+from quant.methods.names import check_method
 from quant.readers import SCHEMES, check_reader, check_scheme
 
 
@@ -15,6 +16,7 @@ def check_exports(config: Config) -> None:
             container = settings.container or SCHEMES[settings.scheme].containers[0]
             try:
                 check_scheme(settings.scheme, settings.group_size, container)
+                check_method(settings.method, settings.scheme)
                 if container != "gguf":
                     check_reader(settings.scheme, container, "transformers", moe=True)
             except ConfigError as error:

@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import ConfigError
-from herd.run.files import disk_faults
+from herd.run.files import disk_faults, size
 from herd.run.schema import Quantize
+from quant.options import (
+    CALIBRATED,
+    add_method_options,
+    calibration_of,
+    check_method_options,
+    memory_bytes,
+    settings_of,
+)
 from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.target import check_target
 
 if TYPE_CHECKING:
+    from quant.calibration.settings import Calibration
     from quant.plans import Plan
 
 GROUP_SIZE = Quantize.model_fields["group_size"].default
@@ -61,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ignore", action="append", default=[], metavar="PATTERN",
         help="keep layers in bf16: a glob over layer names, or re:EXPRESSION; may be repeated",
     )  # fmt: skip
+    add_method_options(parser)
     add("--dry-run", action="store_true", help="print what would be quantised, kept and written, stop")
     add("--json", action="store_true", help="print the result as JSON")
     add("--experiment", default="herd", metavar="NAME", help="MLflow experiment (herd)")
@@ -80,6 +90,7 @@ def check(options: argparse.Namespace) -> None:
     check_target(options.out)
     if not SCHEMES[options.scheme].grouped and options.group_size is not None:
         raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no choice of groups; leave it out")
+    check_method_options(options)
     options.container = options.container or SCHEMES[options.scheme].containers[0]
     if options.group_size is None:
         options.group_size = GROUP_SIZE
@@ -100,24 +111,28 @@ def run(options: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     started = time.monotonic()
+    # Rows are drawn for a plan too: whether there is enough text is part of it.
+    calibration = calibration_of(options, options.out)
     quantized = quantize(
         options.model,
         scheme=options.scheme,
         group_size=options.group_size,
         container=options.container,
         ignore=tuple(options.ignore),
+        method=options.method,
+        calibration=calibration,
     )
     if options.reader is not None:
         check_reader(options.scheme, options.container, options.reader, moe=quantized.plan.has_experts)
-    result = summary(quantized.plan)
+    result = summary(quantized.plan) | foretell(options, quantized.plan, calibration)
     if options.dry_run:
-        print(json.dumps(result, indent=1) if options.json else describe(quantized.plan))
+        print(json.dumps(result, indent=1) if options.json else f"{describe(quantized.plan)}\n{describe_work(result)}")
         return
     with GateProcess() as gate:
         lineage = export_lineage(options, read_lineage(options.model))
         report = export(quantized, options.out, lineage=lineage, gate=gate)
     result |= {"out": str(options.out), "seconds": time.monotonic() - started, "gate": report.to_json()}
-    track(options, quantized.plan, result)
+    track(options, quantized.plan, result, calibration)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
@@ -131,6 +146,10 @@ def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[
     words = ["--model", str(options.model), "--scheme", options.scheme, "--out", str(options.out)]
     words += ["--group-size", str(options.group_size)] if SCHEMES[options.scheme].grouped else []
     words += ["--container", options.container] if options.container != SCHEMES[options.scheme].containers[0] else []
+    words += ["--method", options.method] if options.method != "rtn" else []
+    for name in CALIBRATED:
+        if getattr(options, name) is not None:
+            words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     words += [word for pattern in options.ignore for word in ("--ignore", pattern)]
     command = shlex.join(["python", "-m", "quant", *words])
     student = source.get("name") or options.model.resolve().name
@@ -177,7 +196,47 @@ def describe(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> None:
+def foretell(options: argparse.Namespace, plan: "Plan", calibration: "Calibration | None") -> dict[str, Any]:
+    """Method, memory and time."""
+    from quant.calibration.estimate import foresee
+    from quant.methods.choice import make_method
+
+    rows = row_tokens = counting = 0
+    if calibration is not None:
+        drawn, row_tokens = calibration.rows.tokens_NT.shape
+        rows = min(drawn, settings_of(options).rows)
+        counting = drawn if plan.has_experts and drawn > rows else 0
+    estimate = foresee(
+        plan,
+        make_method(options.method),
+        rows=rows,
+        row_tokens=row_tokens,
+        counting=counting,
+        memory_bytes=memory_bytes(options),
+    )
+    return {
+        "method": options.method,
+        "calibration_rows": rows,
+        "row_tokens": row_tokens,
+        "estimated_peak_bytes": estimate.peak_bytes,
+        "estimated_gate_bytes": estimate.gate_bytes,
+        "estimated_seconds": round(estimate.seconds, 1),
+    }
+
+
+def describe_work(result: dict[str, Any]) -> str:
+    """What the method will take, for people."""
+    rows = result["calibration_rows"]
+    read = f", {rows} rows of {result['row_tokens']} tokens or more" if rows else ""
+    return "\n".join([
+        f"method    {result['method']}{read}",
+        f"memory    about {size(result['estimated_peak_bytes'])} at most while quantising, "
+        f"{size(result['estimated_gate_bytes'])} for the gate's two models",
+        f"time      about {result['estimated_seconds']:,.0f} s on this machine, without reading and checking",
+    ])  # fmt: skip
+
+
+def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], calibration: "Calibration | None") -> None:
     """One MLflow run with the settings, the sizes, the gate's report and the model."""
     from herd.run.tracking import open_tracker
 
@@ -186,6 +245,7 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> 
         "model": str(options.model),
         "scheme": options.scheme,
         "container": options.container,
+        "method": options.method,
         "ignore": list(options.ignore),
     }
     tracker = open_tracker(
@@ -201,6 +261,12 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> 
     tracker.metrics(metrics, 0)
     tracker.artifact(options.out / "gate.json")
     tracker.artifact(options.out / "README.md")
+    if calibration is not None:
+        tracker.dataset("calibration rows", calibration.rows.source, calibration.rows.fingerprint, "calibration")
+    if (options.out / "calibration.json").is_file():
+        tracker.artifact(options.out / "calibration.json")
+        seen = json.loads((options.out / "calibration.json").read_text())["summary"]
+        tracker.metrics({f"calibration/{key}": float(value) for key, value in seen.items()}, 0)
     tracker.model(name, options.out, role="export", alias=plan.scheme.name, metrics=metrics)
     tracker.finish()
 

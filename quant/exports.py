@@ -29,9 +29,10 @@ from quant.reports import Report
 from quant.sections import section
 from quant.shards import SHARD_BYTES, StoredTensors, write_shards
 from quant.sources import read_config
-from quant.target import check_target
+from quant.target import check_target, finished_layers, unfinished
 
 REPORT = "gate.json"
+COVERAGE = "calibration.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
@@ -55,20 +56,24 @@ def export(
     lineage: facts for lineage.json and the model card (student, teacher, data_fingerprint, run_id, licence, ...).
     gate: a process that gates several exports (its imports cost seconds); by default one is started for this export.
     ConfigError when the folder exists, EnvironmentFault when the disk has no room, DataError when the gate refuses;
-    in all three cases nothing is left at `path`.
+    in all three cases nothing is left at `path`. Layers that a calibrated method has finished are left beside it
+    (`quant.target.finished_layers`) unless the gate refuses: the same call goes on from them.
     """
     final = Path(path).absolute()
     check_target(final)
-    require_space(final, quantized.plan.bytes_after + SIDE_FILES_BYTES, what=f"the export {final.name}")
+    needed = quantized.plan.bytes_after + quantized.scratch_bytes + SIDE_FILES_BYTES
+    require_space(final, needed, what=f"the export {final.name}")
     with GateProcess() if gate is None else nullcontext(gate) as process:
-        temporary = fresh_folder(final.with_name(f".{final.name}.incomplete"))
+        temporary = fresh_folder(unfinished(final) / "export")
         try:
             with disk_faults(final):
                 report = _write(quantized, temporary, process, tokenizer, lineage or {}, shard_bytes, final.name)
                 replace_folder(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            keep = finished_layers(final).is_dir() and not isinstance(error, DataError)
+            shutil.rmtree(temporary if keep else unfinished(final), ignore_errors=True)
             raise
+    shutil.rmtree(unfinished(final))
     return report
 
 
@@ -97,6 +102,11 @@ def _write(
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
     origin = quantized.folder.resolve().name if quantized.folder else architecture(plan.config)
     facts = {"role": "export", "name": name, "scheme": plan.scheme.label, "base_model": origin} | dict(lineage)
+    facts["method"] = quantized.method
+    if quantized.coverage is not None:
+        coverage = quantized.coverage()
+        (folder / COVERAGE).write_text(json.dumps(coverage, indent=1) + "\n")
+        facts["calibration"] = {"source": coverage["source"], **coverage["summary"]}
     write_lineage(folder, **facts)
     model_card(folder, card_facts(plan, facts))
     return report
@@ -147,7 +157,9 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     for layer, reason in plan.ignored.items():
         reasons.setdefault(reason, []).append(layer)
     kept = "\n".join(f"- `{family(layers)}`: {reason}." for reason, layers in reasons.items())
-    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{_LIMITS[plan.scheme.name]}{unreadable(plan)}"
+    chosen = _CHOSEN.get(facts.get("method", "rtn"), _NEAREST)
+    limits = _LIMITS[plan.scheme.name].replace(_NEAREST, chosen)
+    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}"
     sizes = {
         "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
         "bits per weight, everything counted": round(plan.bits_per_weight, 4),
@@ -160,6 +172,13 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NEAREST = "Weights are rounded to nearest with a searched scale per group; no calibration data was used. "
+_CHOSEN = {
+    "hqq": "Scales (and zeros) were fitted by half-quadratic quantisation; no calibration data was used. ",
+    "gptq": "Weights were rounded by GPTQ on calibration rows (calibration.json tells what every expert saw). ",
+    "awq": "Channels were scaled by AWQ on calibration rows (calibration.json), the scales folded into norms, "
+    "routers and up projections. ",
+    "signround": "Rounding was learned on calibration rows (calibration.json tells what every expert saw). ",
+}
 _NEGATIVE = "Scales may be negative, which the format allows: a value is code times scale."
 _TOKENS = (
     "Activations are rounded per token at run time. transformers with compressed-tensors 0.20 rounds a matrix of "

@@ -5,17 +5,26 @@ quantized.tensors["model.layers.0.mlp.up_proj.weight_packed"]
 quantized.model(input_ids=...).logits
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant.architectures import assemble
+from herd.run.errors import ConfigError
+from quant.architectures import architecture, assemble
+from quant.calibration.ranges import measure_ranges
+from quant.calibration.settings import Calibration
+from quant.calibration.tensors import CalibratedTensors
 from quant.loading import round_inputs
+from quant.methods.choice import make_method
+from quant.methods.folds import check_wired
+from quant.methods.method import Method, layer_of
+from quant.methods.names import METHODS, check_method
+from quant.methods.rtn import Rtn
 from quant.plans import Layer, Plan, make_plan
 from quant.ranges import RangeBook
 from quant.schemes import Scheme
@@ -33,6 +42,11 @@ class QuantizedModel:
     """Content of generation_config.json."""
     folder: Path | None = None
     """The source folder, when there is one."""
+    method: str = "rtn"
+    coverage: Callable[[], dict[str, Any]] | None = None
+    """What a calibrated method saw of every expert (`quant.calibration.coverage`)."""
+    scratch_bytes: int = 0
+    """Disk that a calibrated method needs beside the export until it is done."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -40,13 +54,14 @@ class QuantizedModel:
         return fake_quantised(self.plan, self.tensors)
 
 
-class FolderTensors(Mapping[str, Tensor]):
-    """The tensors of an export made on demand from a source folder, one layer in memory at a time."""
+class UncalibratedTensors(Mapping[str, Tensor]):
+    """The tensors of an export made on demand, one layer in memory at a time, without calibration."""
 
-    def __init__(self, plan: Plan, source: FolderSource, ranges: RangeBook):
+    def __init__(self, plan: Plan, source: Source, ranges: RangeBook, method: Method):
         self._plan = plan
         self._source = source
         self._ranges = ranges
+        self._method = method
         self._headers = plan.headers()
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -55,7 +70,7 @@ class FolderTensors(Mapping[str, Tensor]):
             return self._plan.read_kept(self._source, name)
         layer, suffix = self._plan.parts[name]
         if self._last[0] != layer.name:
-            self._last = (layer.name, compress_layer(self._plan, self._source, self._ranges, layer))
+            self._last = (layer.name, compress_layer(self._plan, self._source, self._ranges, self._method, layer))
         return self._last[1][suffix]
 
     def __iter__(self) -> Iterator[str]:
@@ -73,36 +88,44 @@ def quantize(
     container: str | None = None,
     ignore: Sequence[str] = (),
     input_absmax: Mapping[str, float] | None = None,
+    method: str = "rtn",
+    calibration: Calibration | None = None,
 ) -> QuantizedModel:
     """Quantise a transformers causal LM, in memory or from a Hugging Face folder; the original is left untouched.
 
     scheme, group_size and container as in `quant.readers`; ignore holds globs (or `re:` expressions) over layer names;
-    input_absmax, which fp8-static alone needs, the largest input each layer met in calibration (`quant.ranges`).
+    method as in `quant.methods.names`, with a calibration where it needs one; fp8-static takes its input ranges from
+    the calibration too, or from input_absmax (`quant.ranges`).
     ConfigError for a scheme that does not fit a layer, DataError for a quantised or broken source, NumericalError for
     NaN or Inf, each naming the tensor.
     """
     source = open_source(model)
     plan = make_plan(source, Scheme.named(scheme, group_size, container), ignore=ignore)
+    check_method(method, scheme)
+    if method == "awq":
+        check_wired(architecture(plan.config))
+    folder = Path(model) if isinstance(source, FolderSource) else None
+    if METHODS[method].calibrated:
+        if calibration is None:
+            raise ConfigError(f"method = {method}: needs calibration rows; give `calibration`, or use rtn or hqq")
+        made = CalibratedTensors(plan, source, make_method(method), calibration)
+        tensors = made if folder else dict(made.items())
+        scratch_bytes = made.scratch_bytes if calibration.work else 0
+        return QuantizedModel(plan, tensors, source.generation, folder, method, made.coverage, scratch_bytes)
+    if input_absmax is None and calibration is not None:
+        input_absmax = partial(measure_ranges, plan, source, calibration)
     ranges = RangeBook(plan, source, input_absmax)
-    if isinstance(source, FolderSource):
-        return QuantizedModel(plan, FolderTensors(plan, source, ranges), source.generation, Path(model))
-    return QuantizedModel(plan, dict(compress(plan, source, ranges)), source.generation)
+    tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
+    return QuantizedModel(plan, tensors if folder else dict(tensors.items()), source.generation, folder, method)
 
 
-def compress(plan: Plan, source: Source, ranges: RangeBook) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the export, in writing order."""
-    layers = {layer.name: layer for layer in plan.layers}
-    for name in plan.order:
-        if name in layers:
-            tensors = compress_layer(plan, source, ranges, layers[name])
-            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in tensors.items())
-        else:
-            yield name, plan.read_kept(source, name)
-
-
-def compress_layer(plan: Plan, source: Source, ranges: RangeBook, layer: Layer) -> dict[str, Tensor]:
-    """The stored tensors of one layer, by suffix."""
-    return plan.scheme.compress(plan.read_layer(source, layer), ranges.of(layer))
+def compress_layer(plan: Plan, source: Source, ranges: RangeBook, method: Method, layer: Layer) -> dict[str, Tensor]:
+    """The stored tensors of one layer, by suffix, without calibration."""
+    weight_NK = plan.read_layer(source, layer)
+    if isinstance(method, Rtn):
+        return plan.scheme.compress(weight_NK, ranges.of(layer))
+    codes_1NK, parameters = method.round(weight_NK[None], plan.scheme.grid, None)
+    return plan.scheme.store(codes_1NK[0], layer_of(parameters, 0))
 
 
 def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -6,7 +6,8 @@ book.of(layer)                     # Ranges, as the layer's format needs them
 `input_absmax` is what a calibration measured: layer name -> largest magnitude that entered the layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from herd.run.errors import ConfigError, DataError
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
 class RangeBook:
     """Weights are read when first asked for; ConfigError for a scheme that needs inputs that were not measured."""
 
-    def __init__(self, plan: "Plan", source: Source, input_absmax: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        plan: "Plan",
+        source: Source,
+        input_absmax: Mapping[str, float] | Callable[[], Mapping[str, float]] | None = None,
+    ):
+        """input_absmax: the ranges, or what measures them when the first is asked for."""
         self._plan = plan
         self._source = source
         self._weights: dict[str, float] = {}
-        self._inputs = self._tied_inputs(input_absmax) if plan.scheme.format.needs_input_range else {}
+        self._measured = input_absmax
+        if plan.scheme.format.needs_input_range and input_absmax is None:
+            name = plan.scheme.name
+            raise ConfigError(f"scheme = {name}: input ranges are not calibrated; use fp8, which rounds at run time")
+        if not callable(input_absmax):
+            self._inputs  # noqa: B018 (faults of given ranges are told at once)
         self._tied: dict[str, list[Layer]] = {}
         for layer in plan.layers:
             self._tied.setdefault(weight_tie(layer.name), []).append(layer)
@@ -41,10 +53,11 @@ class RangeBook:
             self._weights[tie] = max(weight.abs().max().item() for weight in weights)
         return self._weights[tie]
 
-    def _tied_inputs(self, measured: Mapping[str, float] | None) -> dict[str, float]:
-        name = self._plan.scheme.name
-        if measured is None:
-            raise ConfigError(f"scheme = {name}: input ranges are not calibrated; use fp8, which rounds at run time")
+    @cached_property
+    def _inputs(self) -> dict[str, float]:
+        if not self._plan.scheme.format.needs_input_range:
+            return {}
+        measured = self._measured() if callable(self._measured) else self._measured
         largest: dict[str, float] = {}
         for layer in self._plan.layers:
             tie = input_tie(layer.name)

@@ -35,10 +35,18 @@ class ModelSource:
         self._tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.headers = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
+    def identity(self) -> list[Any]:
+        """What tells this source from another; of a model in memory nothing is kept, so nothing is needed."""
+        return [self.place]
+
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one, on the CPU."""
         tensor = self._tensors[name]
         return (tensor if expert is None else tensor[expert]).cpu()
+
+    def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
+        """Some rows of a matrix, in increasing order."""
+        return self._tensors[name][rows_U.to(self._tensors[name].device)].cpu()
 
     def __enter__(self) -> "ModelSource":
         return self
@@ -55,11 +63,13 @@ class FolderSource:
         check_sums(folder)
         self.generation = _read_generation(folder / "generation_config.json")
         self.place = str(folder)
+        self._folder = folder
+        self._paths = shard_paths(folder)
         self._stack = ExitStack()
         self._files: dict[str, safe_open] = {}
         self.headers: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
         with ExitStack() as opening:
-            for path in shard_paths(folder):
+            for path in self._paths:
                 self._open(opening, path)
             self._stack = opening.pop_all()
 
@@ -70,10 +80,20 @@ class FolderSource:
             self.headers[name] = (_DTYPES.get(piece.get_dtype()), tuple(piece.get_shape()))
             self._files[name] = file
 
+    def identity(self) -> list[Any]:
+        """Names, sizes and times of its files: a folder that was written again is another source."""
+        facts = [(path, path.stat()) for path in (*self._paths, self._folder / "config.json")]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in facts]
+
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one."""
         file = self._files[name]
         return file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+
+    def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
+        """Some rows of a matrix, in increasing order; nothing else of it is read."""
+        piece = self._files[name].get_slice(name)
+        return torch.stack([piece[row] for row in rows_U.tolist()])
 
     def __enter__(self) -> "FolderSource":
         return self

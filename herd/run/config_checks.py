@@ -22,12 +22,12 @@ def faults(config: Config) -> Iterator[str]:
         cause = none if config.teacher.mode == "none" else f"a {config.teacher.mode} teacher does not train"
         yield f"teacher.head_start = {config.teacher.head_start}: {cause}; set it to 0, or teacher.mode to codistill"
     for name, student in config.students.items():
-        counts = Counter((quantize.scheme, quantize.container) for quantize in student.quantize)
-        for (scheme, container), count in counts.items():
+        counts = Counter((quantize.scheme, quantize.container, quantize.method) for quantize in student.quantize)
+        for (scheme, container, method), count in counts.items():
             if count > 1:
                 yield (
                     f"students.{name}.quantize: {scheme} is listed {count} times, and each would be the export "
-                    f"{export_name(name, scheme, container)}; keep one"
+                    f"{export_name(name, scheme, container, method)}; keep one"
                 )
     yield from learning_checks.faults(config)
     optim, batch = config.optim, config.batch
@@ -100,9 +100,10 @@ def use(values: list[int]) -> str:
     return f"use one of {_listed(values)}" if len(values) > 1 else f"use {values[0]}"
 
 
-def export_name(student: str, scheme: str, container: str | None = None) -> str:
-    """What the export of a student is called, in its run's folder and in MLflow; an unusual container is named."""
-    return f"{student}-{scheme}" + (f"-{container}" if container else "")
+def export_name(student: str, scheme: str, container: str | None = None, method: str = "rtn") -> str:
+    """What the export of a student is called, in its run's folder and in MLflow; what is unusual is named."""
+    named = [student, scheme, *([container] if container else []), *([method] if method != "rtn" else [])]
+    return "-".join(named)
 
 
 def _listed(values: list[int]) -> str:

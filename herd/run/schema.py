@@ -142,9 +142,30 @@ class Teacher(Section):
     """Soft targets on disk, written or read."""
 
 
+class Calibrate(Section):
+    source: str | None = None
+    """A text, jsonl or parquet file, a folder of them or a hub dataset; by default the calibration part of `data`."""
+    rows: int = Field(128, gt=0)
+    """Rows of data.sequence_length tokens, at most."""
+    most_rows: int = Field(512, gt=0)
+    """Up to so many are drawn until every expert of every layer has met `expert_tokens`."""
+    expert_tokens: int = Field(256, ge=0)
+    """Tokens an expert should meet."""
+
+
 class Quantize(Section):
     scheme: Literal[
-        "int4", "int4-asym", "int8", "int8-weights", "fp8", "fp8-block", "mxfp4", "nvfp4", "nf4", "nf4-double"
+        "int4",
+        "int4-asym",
+        "int8",
+        "int8-weights",
+        "fp8",
+        "fp8-static",
+        "fp8-block",
+        "mxfp4",
+        "nvfp4",
+        "nf4",
+        "nf4-double",
     ]
     """Number format (docs/quantisation.md). int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic
     per-token activations."""
@@ -152,6 +173,10 @@ class Quantize(Section):
     """Weights that share a scale (int4, int4-asym, int8-weights)."""
     container: Literal["compressed-tensors", "bitsandbytes", "fine-grained-fp8", "gguf"] | None = None
     """What the tensors go into; by default the scheme's usual one."""
+    method: Literal["rtn", "hqq", "gptq", "awq", "signround"] = "rtn"
+    """How codes are chosen: rtn rounds to nearest with searched scales; the others need a scheme of integers."""
+    calibration: Calibrate = Calibrate()
+    """What calibrated methods read."""
 
 
 def _scheme_alone(value: Any) -> Any:

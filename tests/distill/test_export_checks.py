@@ -9,6 +9,7 @@ from distill.export_checks import check_exports
 from herd.run.config import load
 from herd.run.errors import ConfigError
 from herd.run.schema import Quantize
+from quant.methods.names import METHODS
 from quant.readers import CONTAINERS, GROUP_SIZES, SCHEMES
 
 
@@ -18,15 +19,26 @@ def configured(tmp_path: Path, quantize: str):
     return load(tmp_path / "config.yaml", [])
 
 
-def test_the_schema_lists_every_scheme_that_needs_no_calibration_every_group_size_and_container():
+def test_the_schema_lists_every_scheme_group_size_container_and_method():
     fields = Quantize.model_fields
-    assert set(get_args(fields["scheme"].annotation)) == set(SCHEMES) - {"fp8-static"}
+    assert set(get_args(fields["scheme"].annotation)) == set(SCHEMES)
     assert get_args(fields["group_size"].annotation) == GROUP_SIZES
+    assert get_args(fields["method"].annotation) == tuple(METHODS)
     assert get_args(get_args(fields["container"].annotation)[0]) == CONTAINERS
 
 
+def test_a_method_that_does_not_fit_the_scheme_is_refused_before_training(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"students\.scout\.quantize: method = gptq: works on int4, .* for fp8"):
+        check_exports(configured(tmp_path, "{scheme: fp8, method: gptq}"))
+
+
 def test_exports_that_can_be_made_are_accepted(tmp_path: Path):
-    check_exports(configured(tmp_path, "int4, nf4, fp8-block, {scheme: int4, group_size: 32, container: gguf}"))
+    check_exports(
+        configured(
+            tmp_path,
+            "int4, nf4, fp8-block, {scheme: int4, method: gptq}, {scheme: int4, group_size: 32, container: gguf}",
+        )
+    )
 
 
 @pytest.mark.parametrize(

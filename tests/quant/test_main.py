@@ -1,6 +1,7 @@
 """`python -m quant`: plans, exports, tracks, and answers mistakes with one line and the right exit code."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from quant.__main__ import main
 from quant.shards import StoredTensors
@@ -132,3 +135,60 @@ def test_the_command_is_an_mlflow_run_with_the_model_and_its_lineage(folders, tm
     assert run.data.metrics["export/bytes_after"] == sum(t.nbytes for t in StoredTensors(tmp_path / "out").values())
     version = client.get_model_version_by_alias("out", "fp8")
     assert version.tags["student"] == "maverick"
+
+
+@pytest.fixture(scope="module")
+def readable(folders, tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer of 128 pieces, and text."""
+    folder = tmp_path_factory.mktemp("readable") / "scout"
+    shutil.copytree(folders["scout"], folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(128)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(folder)
+    generator = random.Random(0)
+    lines = (" ".join(f"w{generator.randrange(128)}" for _ in range(200)) for _ in range(60))
+    (folder.parent / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+def calibrated(readable: Path, tmp_path: Path, *more: str) -> list[str]:
+    text = str(readable.parent / "text.jsonl")
+    given = ["--method", "gptq", "--group-size", "32", "--calibration", text, "--row-tokens", "64"]
+    return [*command({"maverick": readable}, tmp_path), *given, "--calibration-rows", "24", "--most-rows", "48", *more]
+
+
+def test_a_calibrated_export_says_beforehand_what_it_takes_and_afterwards_what_it_saw(readable, tmp_path, capsys):
+    assert main(calibrated(readable, tmp_path, "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["method"], plan["calibration_rows"], plan["row_tokens"]) == ("gptq", 24, 64)
+    assert plan["estimated_peak_bytes"] > 10**8
+    assert not list(tmp_path.iterdir())
+    assert main(calibrated(readable, tmp_path, "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["gate"]["passed"]
+    coverage = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert 24 <= coverage["summary"]["rows"] <= 48
+    lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert "--method gptq" in lineage["command"] and "--calibration-rows 24" in lineage["command"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "more, line",
+    [
+        (["--method", "rtn"], "--calibration: method rtn reads no calibration rows; use --method gptq or awq"),
+        (["--calibration-rows", "0"], "--calibration-rows 0: give more than zero"),
+        (["--row-tokens", "100000"], "one row needs 100001"),
+        (["--calibration", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_in_calibration_are_one_line(readable, tmp_path, capsys, more, line):
+    assert main(calibrated(readable, tmp_path, *more)) in (2, 4)
+    complaint = capsys.readouterr().err
+    assert line in complaint
+    assert "Traceback" not in complaint
+
+
+def test_a_model_that_does_not_say_what_it_read_needs_a_source(folders, tmp_path, capsys):
+    assert main(command(folders, tmp_path, "--group-size", "32", "--method", "gptq")) == 2
+    assert "does not say what it was trained on; give --calibration SOURCE" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What calibration rows say of every layer's inputs, one decoder layer in memory at a time."""

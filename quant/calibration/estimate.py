@@ -1,0 +1,106 @@
+"""What a command will take, before it starts: memory, time, bytes.
+
+estimate = foresee(plan, method, rows=128, row_tokens=256, counting=512, memory_bytes=4 * 10**9)
+estimate.peak_bytes, estimate.seconds
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from quant.architectures import EXPERT_BANK
+from quant.calibration.rows import BATCH_TOKENS
+from quant.calibration.stages import input_key, stages
+from quant.calibration.walk import HESSIANS, WEIGHTS
+from quant.methods.method import Method
+from quant.plans import Plan
+
+PROCESS_BYTES = 700 * 10**6  # Python with torch and transformers
+SEARCH_NS = 40  # of one weight's scale, on one core
+
+
+@dataclass(frozen=True)
+class Estimate:
+    peak_bytes: int
+    """Of the quantising process; the gate afterwards holds the model in bf16, twice."""
+    seconds: float
+    gate_bytes: int
+
+
+def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting: int, memory_bytes: int) -> Estimate:
+    """Memory and time of quantising. counting: rows run through the whole model once to count tokens of experts."""
+    gate_bytes = 2 * 2 * plan.all_weights
+    largest = max(prod(layer.shape) for layer in plan.layers)
+    search_s = plan.quantised_weights * SEARCH_NS * 1e-9 / torch.get_num_threads()
+    if not method.calibrated:
+        return Estimate(PROCESS_BYTES + 16 * largest, search_s, gate_bytes)
+    layer_bytes, hessian_bytes = _largest_layer(plan)
+    streams = 2 if method.corrects else 1
+    held = PROCESS_BYTES + streams * layer_bytes + min(memory_bytes, hessian_bytes) + 64 * BATCH_TOKENS * _width(plan)
+    tokens = rows * row_tokens
+    passes = streams * (len(stages(layer.name for layer in plan.layers)) + 1)
+    share = _active_share(plan)
+    forward = 2 * share * plan.all_weights * (tokens * passes + counting * row_tokens)
+    solving = 0.0
+    inputs: dict[str, int] = {}
+    for layer in plan.layers:
+        width, columns = layer.shape
+        expert = EXPERT_BANK.match(layer.name) is not None
+        if input_key(layer.name) not in inputs:
+            inputs[input_key(layer.name)] = columns
+            solving += 2 * columns**2 * tokens * (_expert_share(plan) if expert else 1) * streams + 3 * columns**3
+        solving += 14 * width * columns**2
+    return Estimate(held, search_s + (forward + solving) / _flops(), gate_bytes)
+
+
+def _width(plan: Plan) -> int:
+    return plan.config.get_text_config().hidden_size
+
+
+def _expert_share(plan: Plan) -> float:
+    """Share of the tokens that one expert meets on average."""
+    text = plan.config.get_text_config()
+    return getattr(text, "num_experts_per_tok", 1) / max(1, getattr(text, "num_local_experts", 1))
+
+
+def _active_share(plan: Plan) -> float:
+    """Share of the weights that a token meets."""
+    experts = sum(prod(layer.shape) for layer in plan.layers if EXPERT_BANK.match(layer.name))
+    return 1 - experts / plan.all_weights * (1 - _expert_share(plan))
+
+
+def _largest_layer(plan: Plan) -> tuple[int, int]:
+    """Bytes of the weights of the largest decoder layer in bf16, and of the largest stage's Hessians and weights."""
+    depth = plan.config.get_text_config().num_hidden_layers
+    weights: dict[str, int] = {}
+    needed: dict[tuple[str, int], int] = {}
+    for layer in plan.layers:
+        block = (
+            ".".join(layer.name.split(".")[: layer.name.split(".").index("layers") + 2])
+            if ".layers." in layer.name
+            else ""
+        )
+        weights[block] = weights.get(block, 0) + 2 * prod(layer.shape)
+        stage = (block, int(layer.name.endswith("down_proj")))
+        rows, columns = layer.shape
+        needed[stage] = needed.get(stage, 0) + 4 * (HESSIANS * columns**2 + WEIGHTS * rows * columns)
+    rest = 2 * sum(prod(shape) for name, (_, shape) in plan.kept.items() if _block(name)) // depth
+    return max(weights.values()) + rest, max(needed.values())
+
+
+def _block(name: str) -> str:
+    """The decoder layer a tensor belongs to; empty for those outside."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
+
+
+def _flops() -> float:
+    """Multiply-adds a second of this machine, times two, from one short product of matrices."""
+    matrix = torch.ones(768, 768)
+    matrix @ matrix
+    started = time.monotonic()
+    matrix @ matrix
+    return 2 * 768**3 / max(time.monotonic() - started, 1e-6)

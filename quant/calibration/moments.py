@@ -1,0 +1,207 @@
+"""Second moments of layers' inputs over the calibration rows.
+
+    moments = measure(decoder, 3, layer, batches, names)
+    moments.hessian("...experts.5.gate_proj"), moments.tokens["...experts.5.gate_proj"]
+
+An expert's inputs are those of the tokens routed to it, as the model scales them: routed-only cost. K input channels,
+n tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from quant.architectures import EXPERT_BANK
+from quant.calibration.decoder import Decoder
+from quant.calibration.stages import input_key
+
+Watch = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What entered a layer in one batch: values [n, K] of the tokens rows [n]; rows is None where it is all of them."""
+
+    value_nK: Tensor
+    rows_n: Tensor | None
+
+
+@dataclass
+class Moments:
+    """Sums of x x^T and token counts, by `input_key`; those of all experts of a bank together by the bank's name."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of (y - x) x^T: y is the input of the same token in the unquantised model, x itself where that model sends
+    the token to another expert."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    banks: dict[str, Tensor] = field(default_factory=dict)
+    bank_tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, key: str, found: Input, exact: Input | None, *, summed: bool) -> None:
+        """Take in the input of one batch, and that of the unquantised model."""
+        input_nK = found.value_nK.float()
+        self.tokens[key] = self.tokens.get(key, 0) + len(input_nK)
+        bank = None if key.endswith(".down_proj") else bank_of(key)
+        if summed or bank is not None:
+            square_KK = input_nK.T @ input_nK
+        if bank is not None:
+            _add(self.banks, bank, square_KK.clone())
+            self.bank_tokens[bank] = self.bank_tokens.get(bank, 0) + len(input_nK)
+        if summed:
+            _add(self.sums, key, square_KK)
+            if exact is not None:
+                both_n, exact_nK = _same_tokens(found, exact)
+                _add(self.shifts, key, (exact_nK - input_nK[both_n]).T @ input_nK[both_n])
+
+    def hessian(self, key: str, columns: int) -> Tensor:
+        """The mean of x x^T [K, K], fp32, drawn towards a prior worth K tokens where an expert met few.
+
+        (n H + K P) / (n + K), with P the mean over the tokens of all experts for inputs that the experts share (gate,
+        up), and a multiple of the identity with the trace of H for an expert's own inner channels (down).
+        """
+        count = self.tokens[key]
+        mean_KK = self.sums[key] / count
+        if self._weight(key, columns) == count:
+            return mean_KK
+        if key.endswith(".down_proj"):
+            prior_KK = torch.eye(columns) * mean_KK.diagonal().mean()
+        else:
+            prior_KK = self.banks[bank_of(key)] / self.bank_tokens[bank_of(key)]
+        return (count * mean_KK + columns * prior_KK) / (count + columns)
+
+    def shift(self, key: str, columns: int) -> Tensor:
+        """The mean of (y - x) x^T [K, K], fp32, with the same prior tokens, which have none."""
+        if key not in self.shifts:
+            return torch.zeros(columns, columns)
+        return self.shifts[key] / self._weight(key, columns)
+
+    def _weight(self, key: str, columns: int) -> int:
+        """Tokens that a mean is taken over, those of the prior included."""
+        blended = bank_of(key) is not None and self.tokens[key] < FEW * columns
+        return self.tokens[key] + (columns if blended else 0)
+
+
+def _same_tokens(found: Input, exact: Input) -> tuple[Tensor, Tensor]:
+    """Places in `found` of tokens that `exact` has too, and their values there, fp32."""
+    if found.rows_n is None or exact.rows_n is None:
+        return torch.arange(len(found.value_nK)), exact.value_nK.float()
+    both_n = torch.isin(found.rows_n, exact.rows_n)
+    return both_n.nonzero().squeeze(1), exact.value_nK[torch.isin(exact.rows_n, found.rows_n)].float()
+
+
+FEW = 4  # times K tokens: an expert that met more is taken at its word
+
+
+def bank_of(name: str) -> str | None:
+    """The bank an expert's layer belongs to; None for other layers."""
+    found = EXPERT_BANK.match(name)
+    return found["bank"] if found else None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The same rows in the unquantised model: what enters this decoder layer there, and the layer as it was."""
+
+    batches: Iterable[Tensor]
+    unquantised: Callable[[], AbstractContextManager[None]]
+    """Puts the unquantised weights into the layer for as long as it is open."""
+
+
+@torch.no_grad()
+def measure(
+    decoder: Decoder,
+    index: int,
+    layer: nn.Module,
+    batches: Iterable[Tensor],
+    names: Iterable[str],
+    *,
+    summed: Iterable[str] | None = None,
+    reference: Reference | None = None,
+) -> Moments:
+    """Run rows through a decoder layer and take the moments of the inputs of the named layers.
+
+    summed: the keys whose sums are kept (all); the sums of banks and the counts are always of all. With a reference,
+    also how far inputs are from those of the unquantised model.
+    """
+    moments = Moments()
+    names = list(names)
+    kept = {input_key(name) for name in names} if summed is None else set(summed)
+    prefix = f"{decoder.prefix}.{index}."
+    for hidden_BTH, exact_BTH in zip(batches, repeat(None) if reference is None else reference.batches, strict=False):
+        seen = _inputs(decoder, index, layer, hidden_BTH, names, prefix)
+        exact: dict[str, Input] = {}
+        if reference is not None:
+            with reference.unquantised():
+                exact = _inputs(decoder, index, layer, exact_BTH, names, prefix)
+        for key, found in seen.items():
+            moments.add(key, found, exact.get(key), summed=key in kept)
+    return moments
+
+
+def _inputs(
+    decoder: Decoder, index: int, layer: nn.Module, hidden_BTH: Tensor, names: list[str], prefix: str
+) -> dict[str, "Input"]:
+    """Every input a batch makes, by key."""
+    values: dict[str, Tensor] = {}
+    with watching(layer, prefix, names, values.__setitem__), routing(layer, prefix) as scores:
+        decoder.run(index, layer, hidden_BTH)
+    return {key: Input(value, _rows(key, scores)) for key, value in values.items()}
+
+
+def _rows(key: str, scores: dict[str, Tensor]) -> Tensor | None:
+    bank = bank_of(key)
+    if bank is None or bank not in scores:
+        return None
+    expert = int(key.removeprefix(f"{bank}.").partition(".")[0])
+    return scores[bank][:, expert].nonzero().squeeze(1)
+
+
+@contextmanager
+def routing(layer: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
+    """The scores [T, E] that the layer's routers give, by the name of their bank of experts."""
+    scores: dict[str, Tensor] = {}
+    handles = []
+    for name, module in layer.named_modules():
+        if name.endswith(".router"):
+            bank = f"{prefix}{name.removesuffix('.router')}.experts"
+
+            def hook(module: nn.Module, inputs: tuple, output: tuple, bank: str = bank) -> None:
+                scores[bank] = output[0]
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watching(layer: nn.Module, prefix: str, names: Iterable[str], watch: Watch) -> Iterator[None]:
+    """Call watch(key, input [n, K]) for every input of the named layers, once for layers that share it."""
+    keys = {input_key(name): name for name in reversed(list(names))}
+    handles = []
+    for key, name in keys.items():
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], key: str = key) -> None:
+            if inputs[0].numel():
+                watch(key, inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+        handles.append(layer.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value

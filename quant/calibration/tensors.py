@@ -1,0 +1,121 @@
+"""The tensors of an export that a calibrated method makes, decoder layer by decoder layer, as they are asked for.
+
+tensors = CalibratedTensors(plan, source, method, calibration)      # nothing is run yet
+tensors["model.layers.0.mlp.up_proj.weight_packed"]                 # layer 0 is quantised now
+tensors.coverage()
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from quant.calibration.activations import Activations
+from quant.calibration.coverage import batches_needed, count_routes, coverage_report
+from quant.calibration.decoder import Decoder
+from quant.calibration.ledger import Ledger
+from quant.calibration.rows import CalibrationRows
+from quant.calibration.settings import Calibration
+from quant.calibration.walk import Walk
+from quant.methods.method import Method, layer_of
+from quant.methods.rtn import Rtn
+from quant.plans import Plan
+from quant.sources import Source
+
+RECIPE = "1"
+"""Raise it when the same settings give other codes: unfinished work of an earlier version is then thrown away."""
+
+
+class CalibratedTensors(Mapping[str, Tensor]):
+    def __init__(self, plan: Plan, source: Source, method: Method, calibration: Calibration):
+        self._plan = plan
+        self._source = source
+        self._method = method
+        self._calibration = calibration
+        self._headers = plan.headers()
+        self._last: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        index = self._walk.layer_of(name)
+        if index is None:
+            return self._outside(name)
+        if self._last[0] != index:
+            self._walk.advance(index)
+            self._last = (index, self._ledger.tensors(index))
+        found = self._last[1].get(name)
+        return self._plan.read_kept(self._source, name) if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the work folder, at most: quantised layers, and the hidden states on both sides of a layer."""
+        states = 2 * self._calibration.rows.tokens_NT.numel() * self._plan.config.get_text_config().hidden_size
+        return self._plan.bytes_after + states * (4 if self._method.corrects else 2)
+
+    def coverage(self) -> dict[str, Any]:
+        """What calibration saw (`coverage_report`); finishes every layer."""
+        self._walk.advance(len(self._walk.decoder) - 1)
+        return coverage_report(
+            [self._ledger.facts(index) for index in range(len(self._walk.decoder))],
+            rows=len(self._rows.tokens_NT),
+            row_tokens=self._rows.tokens_NT.shape[1],
+            source=self._rows.source,
+            quota=self._calibration.expert_tokens,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the bytes of the export. Sums depend on how threads share them, so their number counts."""
+        return {
+            "recipe": RECIPE,
+            "source": self._source.identity(),
+            "scheme": f"{self._plan.scheme.label} {self._plan.scheme.container}",
+            "ignored": sorted(self._plan.ignored),
+            "method": repr(self._method),
+            "calibration rows": self._calibration.rows.fingerprint,
+            "calibration settings": [self._calibration.first, self._calibration.expert_tokens],
+            "memory": self._calibration.memory_bytes,
+            "threads": torch.get_num_threads(),
+            "versions": [torch.__version__, transformers.__version__],
+        }
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self._calibration.work, self.fingerprint())
+
+    @cached_property
+    def _walk(self) -> Walk:
+        memory = self._calibration.memory_bytes
+        return Walk(self._plan, self._source, self._method, self._rows, self._ledger, memory_bytes=memory)
+
+    @cached_property
+    def _rows(self) -> CalibrationRows:
+        drawn, first = self._calibration.rows, self._calibration.first
+        if not self._plan.has_experts or len(drawn.tokens_NT) <= first:
+            return drawn.first(first)
+        return drawn.first(self._ledger.remember("rows", self._count_rows))
+
+    def _count_rows(self) -> int:
+        batches = self._calibration.rows.batches()
+        width = self._plan.config.get_text_config().hidden_size
+        activations = Activations(self._ledger.folder, "routes", [(*batch.shape, width) for batch in batches])
+        counts_BX = count_routes(Decoder(self._plan, self._source), batches, activations)
+        least = -(-self._calibration.first // len(batches[0]))
+        needed = batches_needed(counts_BX, first=least, quota=self._calibration.expert_tokens)
+        return sum(len(batch) for batch in batches[:needed])
+
+    def _outside(self, name: str) -> Tensor:
+        """Tensors outside the decoder layers: copied, or rounded to nearest."""
+        if name not in self._plan.parts:
+            return self._plan.read_kept(self._source, name)
+        layer, suffix = self._plan.parts[name]
+        weight_1NK = self._plan.read_layer(self._source, layer)[None]
+        codes_1NK, parameters = Rtn().round(weight_1NK, self._plan.scheme.grid, None)
+        return self._plan.scheme.store(codes_1NK[0], layer_of(parameters, 0))[suffix]

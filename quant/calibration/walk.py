@@ -1,0 +1,244 @@
+"""Quantises a model decoder layer by decoder layer, each calibrated on what the quantised layers before it put out.
+
+    walk = Walk(plan, source, method, rows, ledger, memory_bytes=4 * 10**9)
+    walk.advance(3)                                   # layers 0 .. 3 are finished now
+    ledger.tensors(3)["model.layers.3.mlp.up_proj.weight_packed"]
+
+In memory: one decoder layer, the Hessians of as many of its inputs as memory_bytes holds, one batch of rows.
+E layers of one shape, N output channels, K input channels.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibration.activations import Activations
+from quant.calibration.coverage import treatment
+from quant.calibration.decoder import Decoder
+from quant.calibration.ledger import Ledger
+from quant.calibration.moments import Moments, Reference, bank_of, measure
+from quant.calibration.rows import CalibrationRows
+from quant.calibration.stages import input_key, stages
+from quant.methods.awq import fold_hessian
+from quant.methods.folds import find_folds
+from quant.methods.method import Method, layer_of
+from quant.methods.rtn import Rtn
+from quant.methods.targets import corrected
+from quant.plans import Layer, Plan
+from quant.sources import Source
+
+
+class Walk:
+    def __init__(
+        self, plan: Plan, source: Source, method: Method, rows: CalibrationRows, ledger: Ledger, *, memory_bytes: int
+    ):
+        self.decoder = Decoder(plan, source)
+        self._plan = plan
+        self._method = method
+        self._ledger = ledger
+        self._memory_bytes = memory_bytes
+        self._batches = rows.batches()
+        width = plan.config.get_text_config().hidden_size
+        shapes = [(*batch.shape, width) for batch in self._batches]
+        self._activations = Activations(ledger.folder, "hidden", shapes)
+        self._exact = Activations(ledger.folder, "exact", shapes) if method.corrects else None
+        self._of: dict[int, list[Layer]] = {}
+        for layer in plan.layers:
+            if layer.name.startswith(f"{self.decoder.prefix}."):
+                index = int(layer.name.removeprefix(f"{self.decoder.prefix}.").partition(".")[0])
+                self._of.setdefault(index, []).append(layer)
+
+    def layers_of(self, index: int) -> list[Layer]:
+        """What is quantised of a decoder layer."""
+        return self._of.get(index, [])
+
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer a tensor belongs to; None for those outside."""
+        inside = name.startswith(f"{self.decoder.prefix}.")
+        return int(name.removeprefix(f"{self.decoder.prefix}.").partition(".")[0]) if inside else None
+
+    def advance(self, index: int) -> None:
+        """Finish all layers up to this one."""
+        if self._ledger.finished == 0:
+            for states in self._states():
+                states.write(0, map(self.decoder.embed, self._batches))
+        for each in range(self._ledger.finished, index + 1):
+            self._finish(each)
+
+    @torch.no_grad()
+    def _finish(self, index: int) -> None:
+        last = index + 1 == len(self.decoder)
+        with self.decoder.layer(index) as layer:
+            block = Block(self, index, layer)
+            block.quantise()
+            if not last:
+                self._pass_on(index, layer, self._activations)
+                if self._exact is not None:
+                    with block.unquantised():
+                        self._pass_on(index, layer, self._exact)
+            self._ledger.add(index, block.tensors, {"inputs": block.inputs})
+        for states in self._states():
+            states.drop(index)
+
+    def _pass_on(self, index: int, layer: nn.Module, states: Activations) -> None:
+        states.write(index + 1, (self.decoder.run(index, layer, hidden_BTH) for hidden_BTH in states.read(index)))
+
+    def _states(self) -> list[Activations]:
+        return [states for states in (self._activations, self._exact) if states is not None]
+
+
+class Block:
+    """One decoder layer while it is quantised; its module holds the quantised values afterwards."""
+
+    def __init__(self, walk: Walk, index: int, module: nn.Module):
+        self._walk = walk
+        self._index = index
+        self._module = module
+        self._prefix = f"{walk.decoder.prefix}.{index}."
+        self._layers = {layer.name: layer for layer in walk.layers_of(index)}
+        self.tensors: dict[str, Tensor] = {}
+        """Stored tensors of the quantised layers, and kept ones that folding changed."""
+        self.inputs: dict[str, dict[str, Any]] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
+
+    def quantise(self) -> None:
+        """Fill `tensors` and `inputs`."""
+        method = self._walk._method
+        if method.folds and self._layers:
+            # Factors move between stages, so that all of them are measured before anything is rounded.
+            moments = self._measure(list(self._layers))
+            self.fold(moments)
+            self._round(list(self._layers), moments)
+            return
+        for names in stages(self._layers):
+            for number, chunk in enumerate(self._chunks(names)):
+                moments = self._measure(names, chunk) if number == 0 else self._more(moments, names, chunk)
+                self._round([name for name in names if input_key(name) in chunk], moments)
+
+    def _measure(self, names: Sequence[str], keys: Iterable[str] | None = None) -> Moments:
+        walk, index = self._walk, self._index
+        reference = None if walk._exact is None else Reference(walk._exact.read(index), self.unquantised)
+        batches = walk._activations.read(index)
+        return measure(walk.decoder, index, self._module, batches, names, summed=keys, reference=reference)
+
+    def _more(self, before: Moments, names: Sequence[str], keys: Sequence[str]) -> Moments:
+        """The sums of further keys, with the banks' sums, which the first pass took of all of them."""
+        moments = self._measure([name for name in names if input_key(name) in keys])
+        moments.banks, moments.bank_tokens = before.banks, before.bank_tokens
+        return moments
+
+    def _chunks(self, names: Sequence[str]) -> list[list[str]]:
+        """Inputs whose Hessians, and the weights they are for, are in memory at one time."""
+        bytes_of: dict[str, int] = {}
+        for name in names:
+            rows, columns = self._layers[name].shape
+            key = input_key(name)
+            bytes_of[key] = bytes_of.get(key, 4 * HESSIANS * columns * columns) + 4 * WEIGHTS * rows * columns
+        chunks: list[list[str]] = [[]]
+        filled = 0
+        for key, needed in bytes_of.items():
+            if chunks[-1] and filled + needed > self._walk._memory_bytes:
+                chunks.append([])
+                filled = 0
+            chunks[-1].append(key)
+            filled += needed
+        return chunks
+
+    @contextmanager
+    def unquantised(self) -> Iterator[None]:
+        """The module as it was read, as long as this is open."""
+        for name in self._rounded:
+            self._part(name).weight.data = self._originals[name]
+        try:
+            yield
+        finally:
+            for name, rounded in self._rounded.items():
+                self._part(name).weight.data = rounded
+
+    def _round(self, names: Sequence[str], moments: Moments) -> None:
+        for stack in stacks([name for name in names if moments.tokens.get(input_key(name))], self._layers):
+            columns = self._layers[stack[0]].shape[1]
+            hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
+            weight_ENK = torch.stack([self._weight(name) for name in stack])
+            if self._walk._method.corrects:
+                shift_EKK = torch.stack([moments.shift(input_key(name), columns) for name in stack])
+                weight_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
+            self._settle(stack, weight_ENK, self._walk._method, hessian_EKK)
+        for stack in stacks([name for name in names if not moments.tokens.get(input_key(name))], self._layers):
+            self._settle(stack, torch.stack([self._weight(name) for name in stack]), Rtn(), None)
+        for name in names:
+            key = input_key(name)
+            tokens = moments.tokens.get(key, 0)
+            kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
+            self.inputs[key] = {"tokens": tokens, "treatment": kind}
+
+    def _settle(self, stack: Sequence[str], weight_ENK: Tensor, method: Method, hessian_EKK: Tensor | None) -> None:
+        """Choose the codes of a stack, keep them as they are stored, and put their values into the module."""
+        scheme = self._walk._plan.scheme
+        codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
+        decoded_ENK = scheme.grid.decode(codes_ENK, parameters)
+        for at, name in enumerate(stack):
+            stored = scheme.store(codes_ENK[at], layer_of(parameters, at))
+            self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
+            part = self._part(name)
+            self._originals[name], self._rounded[name] = part.weight.data, decoded_ENK[at].clone()
+            part.weight.data = self._rounded[name]
+
+    def fold(self, moments: Moments) -> None:
+        """Move factors into norms and up projections, in the module and in the moments."""
+        grid, method = self._walk._plan.scheme.grid, self._walk._method
+        relative = [name.removeprefix(self._prefix) for name in self._layers]
+        for fold in find_folds([name for name, _ in self._module.named_modules()], relative):
+            names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self._layers]
+            consumers = []
+            measured = [name for name in names if moments.tokens.get(input_key(name))]
+            for stack in stacks(measured, self._layers):
+                columns = self._layers[stack[0]].shape[1]
+                hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
+                tokens_E = torch.tensor([float(moments.tokens[input_key(name)]) for name in stack])
+                consumers.append((torch.stack([self._weight(name) for name in stack]), hessian_EKK, tokens_E))
+            if not consumers:
+                continue
+            factor_K = method.factors(consumers, grid)
+            for key in {input_key(name) for name in names} & moments.sums.keys():
+                moments.sums[key] = fold_hessian(moments.sums[key], factor_K)
+            for bank in {bank_of(name) for name in names if not name.endswith(".down_proj")} & moments.banks.keys():
+                moments.banks[bank] = fold_hessian(moments.banks[bank], factor_K)
+            self._scale(fold.producer, fold.consumers, factor_K)
+
+    def _scale(self, producer: str, consumers: Iterable[str], factor_K: Tensor) -> None:
+        part = self._module.get_submodule(producer)
+        weight = part.weight.data
+        part.weight.data = (weight / (factor_K[:, None] if weight.ndim == 2 else factor_K)).to(torch.bfloat16)
+        if getattr(part, "bias", None) is not None:
+            part.bias.data = (part.bias.data / factor_K).to(torch.bfloat16)
+        for name in consumers:
+            linear = self._module.get_submodule(name)
+            linear.weight.data = (linear.weight.data * factor_K).to(torch.bfloat16)
+        for name in (producer, *consumers):
+            if self._prefix + name not in self._layers:
+                changed = self._module.get_submodule(name).state_dict()
+                self.tensors |= {f"{self._prefix}{name}.{leaf}": tensor for leaf, tensor in changed.items()}
+
+    def _part(self, name: str) -> nn.Module:
+        return self._module.get_submodule(name.removeprefix(self._prefix))
+
+    def _weight(self, name: str) -> Tensor:
+        return self._part(name).weight.data.float()
+
+
+# Matrices of [K, K] and of [N, K] in fp32 that a method holds for each layer it works on: measured, not derived.
+HESSIANS, WEIGHTS = 5, 8
+
+
+def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:
+    """Names of one leaf and one shape, which are quantised together."""
+    alike: dict[tuple[str, tuple[int, int], bool], list[str]] = {}
+    for name in names:
+        kind = (name.rpartition(".")[2], layers[name].shape, bank_of(name) is not None)
+        alike.setdefault(kind, []).append(name)
+    yield from alike.values()

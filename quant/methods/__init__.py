@@ -1,0 +1,1 @@
+"""How codes are chosen on a format's grid; one file a method, one interface (`method.Method`)."""

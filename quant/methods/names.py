@@ -1,0 +1,40 @@
+"""Methods by name: what each does, whether it needs calibration rows, which schemes it works for. No torch.
+
+check_method("gptq", "int4")                # ConfigError, one line
+"""
+
+from dataclasses import dataclass
+
+from herd.run.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A method for people."""
+
+    summary: str
+    calibrated: bool = True
+    """It needs calibration rows."""
+
+
+METHODS: dict[str, Kind] = {
+    "rtn": Kind("round to nearest with searched scales", calibrated=False),
+    "hqq": Kind("half-quadratic fit of scales and zeros, no data", calibrated=False),
+    "gptq": Kind("each column's error is made good by the columns after it"),
+    "awq": Kind("channels scaled by how large their inputs are"),
+    "signround": Kind("rounding learned by the sign of its gradient"),
+}
+GRID_SCHEMES = ("int4", "int4-asym", "int8-weights")
+
+
+def reads_rows(method: str, scheme: str) -> bool:
+    """Whether quantising needs calibration rows."""
+    return METHODS[method].calibrated or scheme == "fp8-static"
+
+
+def check_method(method: str, scheme: str) -> None:
+    """Raise ConfigError for an unknown method, or one that needs an integer grid where the scheme has none."""
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is unknown; use one of {', '.join(METHODS)}")
+    if method != "rtn" and scheme not in GRID_SCHEMES:
+        raise ConfigError(f"method = {method}: works on {', '.join(GRID_SCHEMES)}; use method rtn for {scheme}")

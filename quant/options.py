@@ -1,0 +1,95 @@
+"""The method's part of the command line: which method, and what calibrates it. No torch.
+
+add_method_options(parser);  check_method_options(options)
+calibration = calibration_of(options)              # None for methods without
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from herd.run.errors import ConfigError
+from herd.run.schema import Calibrate, Data
+from quant.methods.names import METHODS, check_method, reads_rows
+
+if TYPE_CHECKING:
+    from quant.calibration.settings import Calibration
+
+MEMORY_GB = 4.0
+CALIBRATED = ("calibration", "calibration_rows", "most_rows", "expert_tokens", "row_tokens", "memory")
+_DEFAULTS = {name: field.default for name, field in Calibrate.model_fields.items()}
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--method` and what goes with it."""
+    lines = [f"  {name:14s}{kind.summary}" for name, kind in METHODS.items()]
+    group = parser.add_argument_group("method", "\n".join(lines))
+    add = group.add_argument
+    add("--method", default="rtn", choices=tuple(METHODS), metavar="NAME", help="how codes are chosen (rtn)")
+    add(
+        "--calibration", metavar="SOURCE",
+        help="text, jsonl or parquet, a folder of them, or a hub dataset (the calibration part of the training data)",
+    )  # fmt: skip
+    add("--calibration-rows", type=int, metavar="N", help=f"rows drawn in any case ({_DEFAULTS['rows']})")
+    add("--most-rows", type=int, metavar="N", help=f"rows at most, for --expert-tokens ({_DEFAULTS['most_rows']})")
+    tokens = _DEFAULTS["expert_tokens"]
+    add("--expert-tokens", type=int, metavar="N", help=f"draw until every expert has met this many tokens ({tokens})")
+    add("--row-tokens", type=int, metavar="N", help="tokens of a calibration row (as in training)")
+    add("--memory", type=float, metavar="GB", help=f"for Hessians; a decoder layer comes on top ({MEMORY_GB:g})")
+
+
+def check_method_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for what does not go together; names the option."""
+    check_method(options.method, options.scheme)
+    given = [name for name in CALIBRATED if getattr(options, name) is not None]
+    if given and not reads_rows(options.method, options.scheme):
+        flag = "--" + given[0].replace("_", "-")
+        calibrated = " or ".join(name for name, kind in METHODS.items() if kind.calibrated)
+        raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
+    for name in given:
+        value, least = getattr(options, name), 0 if name == "expert_tokens" else 1
+        if name != "calibration" and not (value >= least if name != "memory" else value > 0):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {value}: give {'zero or more' if least == 0 else 'more than zero'}")
+
+
+def settings_of(options: argparse.Namespace) -> Calibrate:
+    """The options as the configuration has them."""
+    given = {
+        "source": options.calibration,
+        "rows": options.calibration_rows,
+        "most_rows": options.most_rows,
+        "expert_tokens": options.expert_tokens,
+    }
+    return Calibrate(**{name: value for name, value in given.items() if value is not None})
+
+
+def data_of(options: argparse.Namespace) -> Data:
+    """What the model was trained on, as its lineage says; ConfigError when neither it nor the options name any text.
+
+    A model without lineage has not read the embedded corpus, so that a part of that will do.
+    """
+    from herd.run.lineage import read_lineage
+
+    known = read_lineage(options.model).get("data_config")
+    if known is None and options.calibration is None:
+        wanting = f"--scheme {options.scheme} --method {options.method}"
+        raise ConfigError(
+            f"{wanting}: {options.model} does not say what it was trained on; give --calibration SOURCE, e.g. stdlib"
+        )
+    data = Data.model_validate(known) if known else Data()
+    return data if options.row_tokens is None else data.model_copy(update={"sequence_length": options.row_tokens})
+
+
+def memory_bytes(options: argparse.Namespace) -> int:
+    """What Hessians and solving may take."""
+    return int(1e9 * (MEMORY_GB if options.memory is None else options.memory))
+
+
+def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | None":
+    """The rows, for a method that needs them."""
+    if not reads_rows(options.method, options.scheme):
+        return None
+    from quant.calibration.draw import draw
+
+    return draw(settings_of(options), data_of(options), options.model, out=out, memory_bytes=memory_bytes(options))
