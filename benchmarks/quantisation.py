@@ -73,6 +73,11 @@ def _llmc(method: str, group: int) -> Row:
     return Row(f"llm-compressor {method} g{group}", "llm-compressor", "llm_compressor", settings, group)
 
 
+def _torchao(algorithm: str, group: int) -> Row:
+    settings = {"group_size": group, "algorithm": algorithm}
+    return Row(f"torchao {algorithm} g{group}", "torchao", "torchao_int4", settings, group)
+
+
 ROWS = (
     Row("Meta absmax/8 g128", "ours", "absmax8", {"group_size": 128}, 128),
     *(_ours(method, 128) for method in ("rtn", "hqq", "awq", "gptq", "signround")),
@@ -82,7 +87,7 @@ ROWS = (
     *(_llmc(method, 64) for method in ("rtn", "gptq")),
     Row("bitsandbytes nf4", "bitsandbytes", "bitsandbytes_nf4", {"block": 64, "double": False}),
     Row("bitsandbytes nf4 double", "bitsandbytes", "bitsandbytes_nf4", {"block": 64, "double": True}),
-    Row("torchao int4 g128", "torchao", "torchao_int4", {"group_size": 128}, 128),
+    *(_torchao(algorithm, group) for algorithm in ("tinygemm", "hqq") for group in (128, 64)),
     Row("hqq g128", "hqq", "hqq_int4", {"group_size": 128}, 128),
     Row("hqq g64", "hqq", "hqq_int4", {"group_size": 64}, 64),
     Row("auto-round rtn g128", "auto-round", "auto_round_int4", {"group_size": 128, "iters": 0}, 128),
