@@ -60,7 +60,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        return self.name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+        return self.name.replace(" ", "-").replace("/", "-")
 
 
 def _ours(method: str, group: int, scheme: str = "int4") -> Row:
