@@ -202,6 +202,11 @@ def measure(model: Path, rows: list[Row], options: argparse.Namespace) -> dict[s
     }
 
 
+def selected(words: list[str]) -> list[Row]:
+    """Rows whose name contains one of the words."""
+    return [row for row in ROWS if any(word in row.name for word in words)]
+
+
 def show(entry: dict[str, Any]) -> str:
     """A line of the printed table."""
     if "error" in entry:
@@ -223,15 +228,14 @@ def main() -> int:
     add = parser.add_argument
     add("--setup", action="store_true", help="make the environments that are missing, and stop")
     add("--model", type=Path, nargs="+", default=[MODEL], help="trained bf16 folders with a tokenizer")
-    peers = ("ours", *PACKAGES)
-    add("--only", nargs="+", choices=peers, default=peers, metavar="PEER", help="peers to run: " + ", ".join(peers))
+    add("--only", nargs="+", default=[""], metavar="WORD", help="only rows (with --setup: peers) whose name has a WORD")
     add("--repeats", type=int, default=1, help="runs of each worker, for the time (1)")
     add("--rows", type=int, default=128, help="held-out rows (128)")
     add("--calibration-rows", type=int, default=64, help="calibration rows (64)")
     options = parser.parse_args()
     if options.setup:
         for peer in PACKAGES:
-            if peer in options.only:
+            if any(word in peer for word in options.only):
                 set_up(peer)
         return 0
     transformers.utils.logging.disable_progress_bar()
@@ -239,7 +243,7 @@ def main() -> int:
     for model in options.model:
         if not model.is_dir():
             sys.exit(f"--model {model}: no such folder; the default comes from\n  {TRAINING}")
-        results[model.name] = measure(model.resolve(), [row for row in ROWS if row.peer in options.only], options)
+        results[model.name] = measure(model.resolve(), selected(options.only), options)
         print(f"{model.name}: KL, its ratio to ours gptq g128 (paired), 95 % over documents")
         print("\n".join(show(entry) for entry in results[model.name]["table"]))
     write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
