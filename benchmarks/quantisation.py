@@ -191,7 +191,7 @@ def measure(model: Path, rows: list[Row], options: argparse.Namespace) -> dict[s
             table.append(entry | figures(row, folder) | bench.judge(folder, group=row.group))
     compare(table, bench, work, {row.name: row.key for row in ROWS})
     codes = [work / key / "codes.safetensors" for key in ("ours-fp8", "llm-compressor-fp8")]
-    facts = {"fp8": compare_codes(*codes)} if all(path.exists() for path in codes) else {}
+    facts = {"fp8": compare_codes(*codes, bench.weights)} if all(path.exists() for path in codes) else {}
     tokens = np.load(work / "calibration.npy").shape
     return {
         "calibration": {"rows": tokens[0], "row_tokens": tokens[1]},

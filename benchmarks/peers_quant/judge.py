@@ -40,6 +40,11 @@ class Bench:
         return load_model(self._folder)
 
     @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The bf16 weights [N, K] that every row quantises."""
+        return split(self._tensors)
+
+    @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for path in self._folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -86,7 +91,7 @@ class Bench:
     def inspect(self, path: Path, group: int | None) -> dict[str, Any]:
         """Whether everything was quantised and nothing else: what no column of quality would show."""
         made = load_file(path)
-        before, after = split(self._tensors), split(made)
+        before, after = self.weights, split(made)
         assert before.keys() == after.keys() and made.keys() == self._tensors.keys()
         quantised = {n for n in made if FUSED.match(n) or QUANTISED.search(n.removesuffix(".weight"))}
         changed = [n for n in made.keys() - quantised if not torch.equal(made[n], self._tensors[n])]
@@ -118,13 +123,17 @@ def compare(table: list[dict[str, Any]], bench: Bench, work: Path, keys: dict[st
             entry["kl_ratio_ci95"] = bootstrap_ratio(kl_G, base_G)
 
 
-def compare_codes(first: Path, second: Path) -> dict[str, Any]:
-    """How many FP8 codes and scales two rows share."""
-    mine, theirs = load_file(first), load_file(second)
-    assert mine.keys() == theirs.keys()
+def compare_codes(first: Path, second: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """How many FP8 codes and scales two rows share, and the ratio of their squared errors."""
     counts = {"codes": 0, "codes_equal": 0, "scales": 0, "scales_equal": 0}
-    for name, tensor in mine.items():
-        kind = "codes" if name.endswith(".code") else "scales"
-        counts[kind] += tensor.numel()
-        counts[f"{kind}_equal"] += int((tensor.flatten() == theirs[name].flatten()).sum())
-    return counts
+    rows = [load_file(first), load_file(second)]
+    errors = [0.0, 0.0]
+    for name, weight_NK in weights.items():
+        for kind in ("code", "scale"):
+            mine, theirs = (row[f"{name}.{kind}"].flatten() for row in rows)
+            counts[f"{kind}s"] += mine.numel()
+            counts[f"{kind}s_equal"] += int((mine == theirs).sum())
+        for i, row in enumerate(rows):
+            value_NK = row[f"{name}.code"].view(torch.float8_e4m3fn).double() * row[f"{name}.scale"].double()
+            errors[i] += (value_NK - weight_NK).square().sum().item()
+    return counts | {"squared_error_ratio": errors[0] / errors[1]}
