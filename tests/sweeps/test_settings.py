@@ -64,10 +64,10 @@ def test_flags_override_the_file(tmp_path):
 
 
 def test_the_defaults_are_found_in_the_space_by_what_a_choice_says(tmp_path):
-    weights = "{choices: [{kind: constant, alpha: 0.5}, {kind: lead}]}"
+    weights = "{choices: [{kind: constant, alpha: 0.5}, {kind: maturity}]}"
     text = f"space: {{loss.weighting: {weights}, batch.rows: {{low: 2, high: 8}}}}"
     study = settings.load(write(tmp_path, text))
-    assert spaces.defaults(spaces.check(study), study.space) == {"loss.weighting": "{kind: lead}", "batch.rows": 4}
+    assert spaces.defaults(spaces.check(study), study.space) == {"loss.weighting": "{kind: maturity}", "batch.rows": 4}
 
 
 def test_defaults_outside_the_space_are_no_trial(tmp_path):
