@@ -1,6 +1,7 @@
 """GPTQModel on the CPU, through its own export; its codes are unpacked here ([K / 8, N] words of int32)."""
 
 import json
+import os
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
@@ -20,6 +21,7 @@ def unpacked(stored: dict[str, Tensor], name: str, offset: int) -> Tensor:
 
 
 def main() -> None:
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its pool refuses the one that a machine of two cores gets
     job = read_job()
     group = job.settings["group_size"]
     kept = {"-:.*self_attn.*": {}, "-:.*router.*": {}, "-:.*lm_head.*": {}}
