@@ -1,7 +1,7 @@
 """GPTQModel on the CPU, through its own export; its codes are unpacked here ([K / 8, N] words of int32).
 
 7.6.0 takes Llama 4's fused experts apart without transposing them: other weights than the model's are calibrated and
-stored. Square experts pass unnoticed; `mend` gives it those transposed beforehand, so that it ends up with the right ones.
+stored. Square experts pass unnoticed; with `mend` it gets them transposed beforehand and ends up with the right ones.
 """
 
 import json
