@@ -43,8 +43,8 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes==0.50.2", "transformers==5.23.0"),
     "torchao": ("torchao==0.18.0", "transformers==5.23.0"),
     "auto-round": ("auto-round==0.16.1",),
-    "hqq": ("hqq",),
-    "gptqmodel": ("gptqmodel",),
+    "hqq": ("hqq==0.2.8.post1",),
+    "gptqmodel": ("gptqmodel==7.6.0",),
 }
 
 
