@@ -43,8 +43,8 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes==0.50.2", "transformers==5.23.0"),
     "torchao": ("torchao==0.18.0", "transformers==5.23.0"),
     "auto-round": ("auto-round==0.16.1",),
-    "hqq": ("hqq",),
-    "gptqmodel": ("gptqmodel",),
+    "hqq": ("hqq==0.2.8.post1",),
+    "gptqmodel": ("gptqmodel==7.6.0",),
 }
 
 
@@ -92,7 +92,9 @@ ROWS = (
     Row("hqq g64", "hqq", "hqq_int4", {"group_size": 64}, 64),
     Row("auto-round rtn g128", "auto-round", "auto_round_int4", {"group_size": 128, "iters": 0}, 128),
     Row("auto-round g128", "auto-round", "auto_round_int4", {"group_size": 128, "iters": 200}, 128),
+    Row("auto-round g64", "auto-round", "auto_round_int4", {"group_size": 64, "iters": 200}, 64),
     Row("gptqmodel gptq g128", "gptqmodel", "gptqmodel_int4", {"group_size": 128}, 128),
+    Row("gptqmodel mended gptq g128", "gptqmodel", "gptqmodel_int4", {"group_size": 128, "mend": True}, 128),
     Row("ours fp8", "ours", "ours", {"scheme": "fp8"}),
     Row("llm-compressor fp8", "llm-compressor", "llm_compressor", {"scheme": "fp8", "method": "rtn"}),
 )

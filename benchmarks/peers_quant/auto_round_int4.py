@@ -1,6 +1,6 @@
 """AutoRound W4A16: sign-gradient rounding, or (iters = 0) its own rounding to nearest.
 
-Given a text-only Llama 4 as it is, it leaves the experts in bf16 and says nothing; hence they are unfused beforehand.
+Release 0.15.1 left fused experts of a text-only Llama 4 in bf16 and said nothing; hence they are unfused beforehand.
 """
 
 import torch

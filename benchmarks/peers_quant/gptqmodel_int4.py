@@ -1,11 +1,18 @@
-"""GPTQModel on the CPU, through its own export; its codes are unpacked here ([K / 8, N] words of int32)."""
+"""GPTQModel on the CPU, through its own export; its codes are unpacked here ([K / 8, N] words of int32).
+
+7.6.0 takes Llama 4's fused experts apart without transposing them: other weights than the model's are calibrated and
+stored. Square experts pass unnoticed; with `mend` it gets them transposed beforehand and ends up with the right ones.
+"""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
-from protocol import QUANTISED, read_job
-from safetensors.torch import load_file
+from protocol import FUSED, QUANTISED, Job, read_job
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
@@ -19,12 +26,27 @@ def unpacked(stored: dict[str, Tensor], name: str, offset: int) -> Tensor:
     return (stored[f"{name}.scales"].float()[group_K] * (codes_KN - zeros_GN[group_K]).float()).T
 
 
+def transposed(job: Job) -> Path:
+    """A copy of the model folder with every square expert matrix transposed."""
+    folder = job.out / "transposed"
+    shutil.copytree(job.model, folder, dirs_exist_ok=True)
+    tensors = job.tensors()
+    for name, tensor in tensors.items():
+        if FUSED.match(name):
+            halves = tensor.split(tensor.shape[1], dim=2)
+            assert all(half.shape[1] == half.shape[2] for half in halves), f"{name}: experts are not square"
+            tensors[name] = torch.cat([half.mT for half in halves], dim=2).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def main() -> None:
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its pool refuses the one that a machine of two cores gets
     job = read_job()
     group = job.settings["group_size"]
     kept = {"-:.*self_attn.*": {}, "-:.*router.*": {}, "-:.*lm_head.*": {}}
     config = QuantizeConfig(bits=4, group_size=group, sym=True, desc_act=False, device="cpu", dynamic=kept)
-    model = GPTQModel.load(str(job.model), config)
+    model = GPTQModel.load(str(transposed(job) if job.settings.get("mend") else job.model), config)
     rows = [{"input_ids": row_T, "attention_mask": torch.ones_like(row_T)} for row_T in job.rows()]
     with job.timed():
         model.quantize(rows, batch_size=8)

@@ -1,7 +1,7 @@
 """llm-compressor: rounding to nearest, GPTQ, AWQ and FP8, each by its own modifiers and `oneshot`.
 
-A text-only Llama 4 needs two things it does not have: a configuration with `text_config` (its expert module reads
-that), and AWQ's mapping with the router in it: the default leaves the router out, which changes what is routed where.
+A text-only Llama 4 on a CPU needs three mends: a configuration with `text_config` (the expert module reads that), AWQ's
+mapping with the router in it (the default leaves it out, which changes who is routed where), and no pinned memory.
 """
 
 import torch
@@ -40,6 +40,7 @@ def recipe(job: Job, moe: bool) -> list:
 
 def main() -> None:
     Llama4TextConfig.text_config = property(lambda config: config)
+    torch.Tensor.pin_memory = lambda tensor: tensor  # AWQ pins its cache, which raises without an accelerator
     job = read_job()
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
     moe = model.config.model_type == "llama4_text"
