@@ -1,6 +1,6 @@
 """Every weight between soft and hard targets where the truth is known: which teacher helps, and which one costs?
 
-    python benchmarks/weighting.py [--seeds 5] [--teachers good co] [--data clean]
+    python benchmarks/weighting.py [--seeds 5] [--show maturity lead]
 
 Students of four dozen arms learn side by side from the same batches; every arm is compared, seed by seed, with the
 student alone and with the best constant. Finished runs are kept in benchmarks/results/weighting.json, not run again.
