@@ -4,8 +4,7 @@
     codes_ENK, parameters = Awq().round(weight_ENK, grid, hessian_EKK)
 
 A factor x^a for each input channel (x its root mean square, a the best in [0, 1]) multiplies the weights before they
-are rounded and divides what makes their input (`folds`); powers of two, so nothing else changes by a bit. E, N, K as in
-`method`.
+are rounded and divides what makes their input (`folds`); powers of two, so nothing else changes. Shapes: `method`.
 """
 
 from collections.abc import Sequence
