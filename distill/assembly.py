@@ -81,7 +81,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     teacher_model = open_teacher(config, "teacher")
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
-    learners = {**student_models} | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
+    learners = student_models | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
     transferred = {name: carry_over(config, name, model) for name, model in learners.items()}
     features = {
         name: build_features(

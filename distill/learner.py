@@ -110,5 +110,5 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    # Decayed ones first, as checkpoints of runs without rules have them.
-    return sorted(groups.values(), key=lambda group: group["weight_decay"] == 0.0)
+    # Matrices first, as checkpoints of runs without rules have them.
+    return [group for _, group in sorted(groups.items(), key=lambda item: not item[0][1])]

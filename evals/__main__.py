@@ -126,11 +126,12 @@ def _run(arguments: argparse.Namespace, data: Data) -> "Result":
 
     from evals.evaluation import evaluate
     from evals.heldout import rows_from
-    from evals.loading import check_device, check_folder
+    from evals.loading import check_folder
     from evals.result import read_entries
+    from herd.run.devices import check_device
 
     logging.disable_progress_bar()
-    check_device(arguments.device)
+    check_device(arguments.device, said=f"--device {arguments.device}")
     if arguments.out is not None:
         read_entries(arguments.out)  # a file that is something else is refused before the work, not after
     check_folder(arguments.model)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quant
@@ -16,7 +15,7 @@ from evals.footprint import measure_disk
 from herd.data.tokenizer import load_tokenizer
 from herd.llama4 import use_sparse_experts
 from herd.llama4.source import open_model
-from herd.run.errors import ConfigError, DataError, EnvironmentFault
+from herd.run.errors import ConfigError, DataError
 from herd.run.lineage import read_lineage
 
 
@@ -48,19 +47,6 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json; give the folder of a saved model")
     measure_disk(folder)
-
-
-def check_device(device: str) -> None:
-    """Raise ConfigError for a name torch does not know, EnvironmentFault for a device this machine does not offer."""
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"--device {device}: no such kind of device; use cpu, cuda or cuda:N") from None
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, ImportError) as cause:
-        reason = str(cause).partition("\n")[0]
-        raise EnvironmentFault(f"--device {device}: not usable on this machine ({reason}); use --device cpu") from cause
 
 
 def load_model(folder: Path, *, device: str = "cpu") -> PreTrainedModel:

@@ -34,7 +34,8 @@ from quant.readers import readers
 from quant.reports import Check
 from quant.schemes import Scheme
 from quant.sections import read_section
-from quant.shards import StoredTensors, tensor_bytes
+from quant.shards import tensor_bytes
+from quant.tensor_files import TensorFiles
 
 SAMPLE_TOKENS = 16
 
@@ -163,12 +164,12 @@ def _check_sample(model: PreTrainedModel, probe: Probe) -> Check:
 
 def stored_headers(folder: Path) -> dict[str, Header]:
     """dtype and shape of every tensor in a folder."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in StoredTensors(folder).items()}
+    return {name: (place.dtype, place.shape) for name, place in TensorFiles(folder).places.items()}
 
 
 def digest_stored(folder: Path) -> dict[str, str]:
     """sha256 of every tensor in a folder, as stored."""
-    return {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in StoredTensors(folder).items()}
+    return {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in TensorFiles(folder).items()}
 
 
 def digest_files(folder: Path) -> dict[str, str]:

@@ -27,9 +27,10 @@ from quant.quantized import QuantizedModel
 from quant.readers import GGUF, limit
 from quant.reports import Report
 from quant.sections import section
-from quant.shards import SHARD_BYTES, StoredTensors, write_shards
+from quant.shards import SHARD_BYTES, write_shards
 from quant.sources import read_config
 from quant.target import check_target, finished_layers, unfinished
+from quant.tensor_files import TensorFiles
 
 REPORT = "gate.json"
 COVERAGE = "calibration.json"
@@ -95,7 +96,7 @@ def _write(
         digests = write_shards(folder, plan.headers(), quantized.tensors, shard_bytes=shard_bytes)
         # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose
         # bytes the gate compares with the digests of those that were made.
-        written = quantized if quantized.folder is None else replace(quantized, tensors=StoredTensors(folder))
+        written = quantized if quantized.folder is None else replace(quantized, tensors=TensorFiles(folder))
     report = gate.inspect(folder, take_probe(written.model, digests))
     if not report.passed:
         raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")

@@ -21,11 +21,11 @@ from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrain
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
-from herd.run.errors import DataError
+from herd.run.errors import DataError, first_line
 from quant.architectures import model_class
 from quant.formats.fp8_block import fake_quantise_groups
 from quant.readers import GGUF
-from quant.sources import first_line, read_config
+from quant.sources import read_config
 
 
 def load(path: str | Path) -> PreTrainedModel:

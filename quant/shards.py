@@ -6,7 +6,7 @@ digests = write_shards(folder, plan.headers(), tensors, shard_bytes=5 * 10**9)
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 from quant.formats.format import Header
-from quant.sources import INDEX, SINGLE, open_safetensors, shard_paths
+from quant.tensor_files import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
-_NAMES = {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shards(
@@ -53,26 +43,6 @@ def write_shards(
     return digests
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a written folder, each read when it is asked for."""
-
-    def __init__(self, folder: Path):
-        self._places: dict[str, Path] = {}
-        for path in shard_paths(folder):
-            with open_safetensors(path) as file:
-                self._places |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with open_safetensors(self._places[name]) as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, row-major."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -92,14 +62,15 @@ def _cut(headers: Mapping[str, Header], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_file(path: Path, headers: Mapping[str, Header], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    # Largest alignment first, as the safetensors library does, so that every tensor is aligned to its own width.
+    digests = {}
     with path.open("wb") as file:
-        _write_header(file, headers)
-        digests = {}
-        for name in _aligned(headers):
+        offsets = _write_header(file, headers)
+        # In the order of the model, not of the file: a layer's tensors, which are made together, follow one another.
+        for name, header in headers.items():
             tensor = tensors[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == headers[name], name
+            assert (tensor.dtype, tuple(tensor.shape)) == header, name
             raw = tensor_bytes(tensor)
+            file.seek(offsets[name])
             file.write(raw)
             digests[name] = hashlib.sha256(raw).hexdigest()
         file.flush()
@@ -107,20 +78,23 @@ def _write_file(path: Path, headers: Mapping[str, Header], tensors: Mapping[str,
     return digests
 
 
-def _write_header(file: BinaryIO, headers: Mapping[str, Header]) -> None:
+def _write_header(file: BinaryIO, headers: Mapping[str, Header]) -> dict[str, int]:
+    """Write the table; returns where each tensor begins in the file."""
     table: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     offset = 0
     for name in _aligned(headers):
         dtype, shape = headers[name]
-        end = offset + _size(headers[name])
-        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        starts[name], offset = offset, offset + _size(headers[name])
+        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], offset]}
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
+    return {name: 8 + len(raw) + start for name, start in starts.items()}
 
 
 def _aligned(headers: Mapping[str, Header]) -> list[str]:
+    """Names in the order of the file: widest first, as the safetensors library does, so that each is aligned."""
     return sorted(headers, key=lambda name: -_width(headers[name][0]))
 
 

@@ -7,21 +7,19 @@ with open_source(model_or_folder) as source:
 """
 
 import json
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from herd.run.errors import DataError
+from herd.run.errors import DataError, first_line
 from herd.run.files import sha256
+from quant.tensor_files import TensorFiles
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ModelSource:
@@ -64,47 +62,26 @@ class FolderSource:
         self.generation = _read_generation(folder / "generation_config.json")
         self.place = str(folder)
         self._folder = folder
-        self._paths = shard_paths(folder)
-        self._places: dict[str, tuple[Path, int]] = {}
-        self.headers: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
-        for path in self._paths:
-            self._look_into(path)
-
-    def _look_into(self, path: Path) -> None:
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                piece = file.get_slice(name)
-                self.headers[name] = (_DTYPES.get(piece.get_dtype()), tuple(piece.get_shape()))
-        self._places |= {name: (path, start) for name, start in data_offsets(path).items()}
+        self._files = TensorFiles(folder)
+        # None: not a plain floating-point tensor, which is all that is quantised here.
+        self.headers: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+            name: (place.dtype if place.dtype in PLAIN else None, place.shape)
+            for name, place in self._files.places.items()
+        }
 
     def identity(self) -> list[Any]:
         """Names, sizes and times of its files: a folder that was written again is another source."""
-        facts = [(path, path.stat()) for path in (*self._paths, self._folder / "config.json")]
+        facts = [(path, path.stat()) for path in (*self._files.paths, self._folder / "config.json")]
         return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in facts]
 
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one."""
-        shape = self.headers[name][1]
-        return self._read(name, 0, shape) if expert is None else self._read(name, expert * prod(shape[1:]), shape[1:])
+        place = self._files.places[name]
+        return place.read() if expert is None else place.slice(expert)
 
     def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
         """Some rows of a matrix, in increasing order; nothing else of it is read."""
-        width = self.headers[name][1][1]
-        return torch.stack([self._read(name, row * width, (width,)) for row in rows_U.tolist()])
-
-    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
-        """Elements from `first` on. Read and not mapped: pages of a mapped file count as memory of this process."""
-        path, start = self._places[name]
-        tensor = torch.empty(shape, dtype=self.headers[name][0])
-        left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        with path.open("rb", buffering=0) as file:
-            file.seek(start + first * tensor.element_size())
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise DataError(f"{path} ends inside {name}; copy it again")
-                left = left[count:]
-        return tensor
+        return torch.stack([self._files.places[name].slice(row) for row in rows_U.tolist()])
 
     def __enter__(self) -> "FolderSource":
         return self
@@ -158,47 +135,3 @@ def _read_generation(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in name order; DataError naming the one that is missing or broken."""
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors are read")
-        return [folder / SINGLE]
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{index} cannot be read: {first_line(error)}") from error
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path} is missing ({INDEX} lists it); copy the shard again")
-        with open_safetensors(path) as file:
-            listed = {name for name, shard in weight_map.items() if shard == path.name}
-            absent = sorted(listed - set(file.keys()))
-        if absent:
-            raise DataError(f"{path} lacks {absent[0]}, which {INDEX} says it holds; copy the shard again")
-    return paths
-
-
-def open_safetensors(path: Path) -> safe_open:
-    """An open safetensors file; DataError naming it when it is cut short or is something else."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is truncated or not safetensors ({first_line(error)}); copy it again") from error
-
-
-def data_offsets(path: Path) -> dict[str, int]:
-    """Where the bytes of each tensor begin in a safetensors file that can be opened."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in table.items() if name != "__metadata__"}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for one-line messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

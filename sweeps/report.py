@@ -3,15 +3,13 @@
 page = write(study, optuna_study, result)
 """
 
-import base64
-import io
 import shlex
 from pathlib import Path
 from typing import Any
 
 import optuna
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from herd.report.pictures import fill_template, make_picture
 from herd.report.style import NARROW, WIDE
 from herd.run.files import write_atomic
 from sweeps import plots
@@ -26,20 +24,14 @@ def write(study: Study, optuna_study: optuna.Study, result: Result) -> Path:
     """Write plots and page, each file atomically; returns the page's path."""
     wide = plots.draw(study, optuna_study, result, WIDE)
     narrow = plots.draw(study, optuna_study, result, NARROW)
-    folder = study.home / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, (heading, caption, figure) in wide.items():
-        image = _png(figure)
-        write_atomic(folder / f"{name}.png", image)
-        small = _png(narrow[name][2])
-        pictures.append({"heading": heading, "caption": caption, "wide": _base64(image), "narrow": _base64(small)})
+    pictures = [
+        make_picture(heading, caption, figure, narrow[name][2], study.home / "plots" / f"{name}.png")
+        for name, (heading, caption, figure) in wide.items()
+    ]
     page = study.home / "report.html"
-    loader = ChoiceLoader([PackageLoader("sweeps", ""), PackageLoader("herd.report", "")])
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template(TEMPLATE).render(
+    html = fill_template(
+        "sweeps",
+        TEMPLATE,
         study=study,
         result=result,
         pictures=pictures,
@@ -79,13 +71,3 @@ def _commands(study: Study, best: Trial | None) -> list[str]:
         word for setting in [*study.set, *best.overrides, f"run.name={study.name}-best"] for word in ("--set", setting)
     ]
     return [shlex.join(words)]
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _base64(image: bytes) -> str:
-    return base64.b64encode(image).decode("ascii")

@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages.journal import JournalFileBackend
 
 from herd.run import config
-from herd.run.errors import ConfigError, EnvironmentFault
+from herd.run.errors import ConfigError, EnvironmentFault, first_line
 from herd.run.schema import Config
 from sweeps import spaces
 from sweeps.settings import Study
@@ -88,13 +88,13 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
         try:
             return call()
         except ImportError as error:
-            raise EnvironmentFault(f"storage = {_shown(url)}: {_line(error)}; install its driver") from error
+            raise EnvironmentFault(f"storage = {_shown(url)}: {first_line(error)}; install its driver") from error
         except Exception as error:
             if not _outage(error):
                 raise
             if wait is None:
                 raise EnvironmentFault(
-                    f"storage = {_shown(url)} does not answer ({_line(error)}); start it, give the same command again"
+                    f"storage = {_shown(url)} does not answer ({first_line(error)}); start it and try again"
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -118,7 +118,7 @@ def make_sampler(study: Study, *salt: int) -> optuna.samplers.BaseSampler:
     try:
         return samplers[kind]()
     except ImportError as error:
-        raise EnvironmentFault(f"sampler.kind = {kind} needs a package: {_line(error)}") from error
+        raise EnvironmentFault(f"sampler.kind = {kind} needs a package: {first_line(error)}") from error
 
 
 def make_pruner(study: Study, base: Config) -> optuna.pruners.BasePruner:
@@ -194,7 +194,3 @@ def _shown(url: str) -> str:
     """Without the password."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}://...@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

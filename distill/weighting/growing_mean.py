@@ -1,6 +1,6 @@
 """A mean whose memory grows with what it has seen: of all n steps so far, step s counts as (s / n) ** (power - 1).
 
-mean = GrowingMean(8); mean.add(0.5); mean.value; slope(fast, slow)
+mean = GrowingMean(8); mean.add(0.5); mean.value; fall(fast, slow)
 
 It lags 1 / power behind on the scale of log n, so it needs neither a horizon nor the length of the run.
 """

@@ -3,17 +3,12 @@
 path = write_page(record)
 """
 
-import base64
-import io
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
-
 from herd.report import formats
+from herd.report.pictures import Picture, fill_template, make_picture
 from herd.report.plots import alpha, experts, losses, quality, throughput
 from herd.report.record import Record
 from herd.report.style import NARROW, WIDE, colours
@@ -22,16 +17,6 @@ from herd.report.tables import result_tables
 from herd.run.files import write_atomic
 
 TEMPLATE = "report.html.j2"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot in two widths, as base64 PNG; the page shows the one that fits the screen."""
-
-    heading: str
-    caption: str
-    wide: str
-    narrow: str
 
 
 def write_page(record: Record) -> Path:
@@ -73,20 +58,15 @@ def draw_pictures(record: Record, folder: Path) -> dict[str, Picture]:
         wide = draw(record, WIDE)
         if wide is None:
             continue
-        image = _png(wide)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / f"{name}.png", image)
-        pictures[name] = Picture(heading, caption, _base64(image), _base64(_png(draw(record, NARROW))))
+        pictures[name] = make_picture(heading, caption, wide, draw(record, NARROW), folder / f"{name}.png")
     return pictures
 
 
 def render(record: Record, pictures: dict[str, Picture]) -> str:
     """The page as HTML with nothing outside it."""
-    loader = PackageLoader("herd.report", "")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(TEMPLATE).render(
+    return fill_template(
+        "herd.report",
+        TEMPLATE,
         record=record,
         finished=finished(record),
         started=record.facts.get("started"),
@@ -132,13 +112,3 @@ def _environment(record: Record) -> list[tuple[str, str]]:
         **record.facts.get("versions", {}),
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _base64(image: bytes) -> str:
-    return base64.b64encode(image).decode("ascii")

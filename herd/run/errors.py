@@ -56,3 +56,8 @@ class Interrupted(HerdError):
     """Stopped on request after saving; the message is the command that resumes."""
 
     exit_code = INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name when it has none: other libraries' errors as part of a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

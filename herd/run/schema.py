@@ -122,7 +122,7 @@ class Transfer(Section):
     depth_exponent: float = Field(1.0, ge=0.5, le=1.0)
     """Residual branches count depth^-this: 1 in CompleteP, 0.5 in depth-muP."""
     horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
-    """The rate falls as tokens^-this: 0.5 in Complete(d)P; `python -m sweeps transfer` fits it."""
+    """The rate falls as tokens^-this: 0.5 in Complete(d)P, 0.3 in Marin's fit."""
 
 
 class Model(Section):

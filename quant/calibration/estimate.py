@@ -78,11 +78,7 @@ def _largest_layer(plan: Plan) -> tuple[int, int]:
     weights: dict[str, int] = {}
     needed: dict[tuple[str, int], int] = {}
     for layer in plan.layers:
-        block = (
-            ".".join(layer.name.split(".")[: layer.name.split(".").index("layers") + 2])
-            if ".layers." in layer.name
-            else ""
-        )
+        block = _block(layer.name)
         weights[block] = weights.get(block, 0) + 2 * prod(layer.shape)
         stage = (block, int(layer.name.endswith("down_proj")))
         rows, columns = layer.shape

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from herd.run.files import disk_faults, fresh_folder, write_atomic
-from quant.sources import open_safetensors
+from quant.tensor_files import read_places
 
 FINGERPRINT = "fingerprint.json"
 
@@ -60,8 +60,7 @@ class Ledger:
         """The stored tensors of a finished layer."""
         if self.folder is None:
             return self._tensors[layer]
-        with open_safetensors(self._path(layer)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: place.read() for name, place in read_places(self._path(layer)).items()}
 
     def facts(self, layer: int) -> dict[str, Any]:
         """What was noted of a finished layer."""

@@ -1,6 +1,6 @@
 """How a calibrated method is fed: the rows to draw from, when to stop drawing, the memory to work in, where to resume.
 
-calibration = Calibration(rows, most_rows..., work=Path(".scout-int4.incomplete/layers"))
+calibration = Calibration(rows, first=128, expert_tokens=256, work=Path(".scout-int4.incomplete/layers"))
 """
 
 from dataclasses import dataclass

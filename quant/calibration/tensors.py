@@ -21,8 +21,7 @@ from quant.calibration.ledger import Ledger
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.settings import Calibration
 from quant.calibration.walk import Walk
-from quant.methods.method import Method, layer_of
-from quant.methods.rtn import Rtn
+from quant.methods.method import Method
 from quant.plans import Plan
 from quant.sources import Source
 
@@ -124,6 +123,4 @@ class CalibratedTensors(Mapping[str, Tensor]):
         if name not in self._plan.parts:
             return self._plan.read_kept(self._source, name)
         layer, suffix = self._plan.parts[name]
-        weight_1NK = self._plan.read_layer(self._source, layer)[None]
-        codes_1NK, parameters = Rtn().round(weight_1NK, self._plan.scheme.grid, None)
-        return self._plan.scheme.store(codes_1NK[0], layer_of(parameters, 0))[suffix]
+        return self._plan.scheme.compress(self._plan.read_layer(self._source, layer))[suffix]

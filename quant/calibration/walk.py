@@ -19,10 +19,10 @@ from quant.calibration.activations import Activations
 from quant.calibration.coverage import treatment
 from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
-from quant.calibration.memory import give_back
 from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.stages import input_key, stages
+from quant.memory import give_back
 from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
 from quant.methods.method import Method, layer_of
@@ -48,8 +48,8 @@ class Walk:
         self._exact = Activations(ledger.folder, "exact", shapes) if method.corrects else None
         self._of: dict[int, list[Layer]] = {}
         for layer in plan.layers:
-            if layer.name.startswith(f"{self.decoder.prefix}."):
-                index = int(layer.name.removeprefix(f"{self.decoder.prefix}.").partition(".")[0])
+            index = self.layer_of(layer.name)
+            if index is not None:
                 self._of.setdefault(index, []).append(layer)
 
     def layers_of(self, index: int) -> list[Layer]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from herd.run.errors import DataError
+from herd.run.errors import DataError, first_line
 from quant.architectures import assemble, build_skeleton
 from quant.gguf.layout import ROPE_FACTORS, Entry, layout
-from quant.sources import first_line, read_config
+from quant.sources import read_config
 
 MODEL = "model.gguf"
 

@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import ctypes
 import io
 import sys
 from pathlib import Path
@@ -17,17 +16,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4TextModel, Llama4TextMoe
 
-from herd.run.errors import ConfigError, DataError, EnvironmentFault
+from herd.run.devices import check_device
+from herd.run.errors import DataError, first_line
 from quant import loading as reference
 from quant.architectures import model_class
+from quant.memory import give_back
 from quant.readers import BITSANDBYTES
 from quant.runtime.crossovers import Crossovers
 from quant.runtime.decoding import use_lean_steps
 from quant.runtime.feed_forward import Mlp, route
 from quant.runtime.served import serve
 from quant.runtime.stored_layers import StoredLayers, kind_of
-from quant.runtime.tensor_files import TensorFiles
-from quant.sources import first_line, read_config
+from quant.sources import read_config
+from quant.tensor_files import TensorFiles
 
 
 def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
@@ -43,7 +44,7 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     section = config.to_dict().get("quantization_config")
     if not section:
         raise DataError(f"{folder}: config.json has no quantization_config; load it with transformers")
-    if check_device(device).type != "cpu":
+    if check_device(device, said=f"device = {device!r}").type != "cpu":
         _say(f"{folder}: on {device} transformers unpacks the weights to bf16; vLLM serves the folder with GPU kernels")
         return reference.load(folder).to(device)
     if section["quant_method"] == BITSANDBYTES:
@@ -69,20 +70,6 @@ def _load_bitsandbytes(folder: Path, config: PretrainedConfig) -> PreTrainedMode
     return model
 
 
-def check_device(name: str) -> torch.device:
-    """The device; ConfigError for a name torch does not know, EnvironmentFault for one that this machine lacks."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device = {name!r}: no such kind of device; use cpu, cuda or cuda:N") from None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as cause:
-        fault = f"device = {name!r}: not usable on this machine ({first_line(cause)}); use cpu"
-        raise EnvironmentFault(fault) from cause
-    return device
-
-
 def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreTrainedModel:
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
@@ -92,7 +79,7 @@ def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreT
     for module in list(model.modules()):
         if isinstance(module, Llama4TextModel):
             use_lean_steps(module)
-    return_free_memory()
+    give_back()
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)
     return serve(model)
@@ -128,7 +115,7 @@ def _replace_layers(model: PreTrainedModel, layers: StoredLayers) -> None:
                 _mlp(f"{name}.experts.{expert}", module.experts.act_fn, layers) for expert in range(module.num_experts)
             ]
             route(module, experts=experts, shared=shared)
-            return_free_memory()
+            give_back()
         elif isinstance(module, Llama4TextMLP) and not name.endswith(".shared_expert"):
             model.set_submodule(name, _mlp(name, module.activation_fn, layers))
         elif isinstance(module, nn.Linear) and layers.quantised(name):
@@ -137,16 +124,6 @@ def _replace_layers(model: PreTrainedModel, layers: StoredLayers) -> None:
             layer = layers.make([name])
             layer.bias = module.bias
             model.set_submodule(name, layer)
-
-
-def return_free_memory() -> None:
-    """Give what packing has freed back to the system: glibc keeps holes of that size, a third of the model, for itself.
-
-    Other C libraries have no such call, and need none.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _mlp(name: str, activation: nn.Module, layers: StoredLayers) -> Mlp:

@@ -23,7 +23,8 @@ from herd.data.streams import batch_of
 from herd.llama4 import use_sparse_experts
 from herd.llama4.source import open_model
 from herd.run import launcher
-from herd.run.errors import ConfigError, EnvironmentFault, Interrupted
+from herd.run.devices import check_device
+from herd.run.errors import Interrupted
 from herd.run.files import require_space
 from herd.run.lineage import git_commit, read_lineage
 from herd.run.progress import Progress
@@ -50,7 +51,7 @@ class Outcome:
 def run(options: Options, *, command: str) -> None:
     """Make or complete the cache and track it. Raises what a user can mend; Interrupted when told to stop."""
     transformers.utils.logging.disable_progress_bar()
-    check_device(options.device)
+    check_device(options.device, said=f"--device {options.device}")
     job = prepare(options)
     made = cache.create(
         options.out,
@@ -132,19 +133,6 @@ def _batches(packed: PackedRows, indices_N: np.ndarray, size: int) -> Iterator[B
 def open_teacher(folder: Path, device: str) -> FrozenTeacher:
     """The teacher in the type it was saved in."""
     return FrozenTeacher(use_sparse_experts(open_model(str(folder), dtype="auto")).to(device))
-
-
-def check_device(device: str) -> None:
-    """Raise ConfigError for a name torch does not know, EnvironmentFault for a device this machine does not offer."""
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"--device {device}: no such kind of device; use cpu, cuda or cuda:N") from None
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise EnvironmentFault(f"--device {device}: not usable on this machine ({reason}); use --device cpu") from error
 
 
 def _track(options: Options, job: Job) -> Tracker:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distill.losses.divergences import NAMES, PARAMETERS, divergence
 from herd.run.errors import ConfigError
+from tests.distill.definitions import by_definition
 
 CASES = [(name, parameter) for name in NAMES for parameter in ((0.1, 0.5, 0.9) if name in PARAMETERS else (None,))]
 
@@ -17,34 +18,6 @@ def make_pair(seed, tokens=4, classes=11, spread=3.0):
     generator = torch.Generator().manual_seed(seed)
     z, t = torch.randn(2, tokens, classes, generator=generator, dtype=torch.float64) * spread
     return z, t
-
-
-def by_definition(name, parameter, z, t):
-    """Written from the papers, sums over all classes, for autograd."""
-    p, q = torch.softmax(t, 1), torch.softmax(z, 1)
-    kl = lambda a, b: (a * (a.log() - b.log())).sum(1)  # noqa: E731
-    match name:
-        case "forward_kl":
-            return kl(p, q)
-        case "reverse_kl":
-            return kl(q, p)
-        case "jsd":
-            m = parameter * p + (1 - parameter) * q
-            return (parameter * kl(p, m) + (1 - parameter) * kl(q, m)) / (parameter * (1 - parameter))
-        case "skew_kl":
-            return kl(p, parameter * p + (1 - parameter) * q)
-        case "skew_reverse_kl":
-            return kl(q, parameter * q + (1 - parameter) * p)
-        case "tvd":
-            return (p - q).abs().sum(1) / 2
-        case "adaptive_kl":
-            values, order = p.sort(dim=1, descending=True)
-            head = values.cumsum(1) <= parameter
-            head[:, 0] = True
-            apart = (p - q).abs().detach().gather(1, order)
-            share = (apart * head).sum(1) / apart.sum(1)
-            return share * kl(p, q) + (1 - share) * kl(q, p)
-    raise AssertionError(name)
 
 
 def ours(name, parameter, z, t):

@@ -33,4 +33,4 @@ def test_a_trial_is_a_launcher_run_below_the_study_in_mlflow(tmp_path, monkeypat
     assert run.data.tags["sweep.trial"] == "0" and parent.info.run_name == "real"
     assert parent.data.metrics["best/heldout/scout"] == pytest.approx(trial.values[0])
     version = client.get_model_version_by_alias("real-scout", "real-best")
-    assert version.aliases == ["real-best"] and version.version
+    assert version.description == f"Weights: {trial.folder / 'students' / 'scout'}"

@@ -16,7 +16,7 @@ from quant import exports
 from quant.gate_process import GateProcess
 from quant.loading import load as load_reference
 from quant.loading import load_with_info
-from quant.shards import StoredTensors
+from quant.tensor_files import TensorFiles
 from tests.quant.tiny_models import BUILDERS, build_llama
 
 SCHEMES = ("int4", "fp8")
@@ -76,7 +76,7 @@ def test_quantisation_moves_the_logits_and_leaves_the_original_alone(models, exp
 
 def test_experts_are_stored_one_by_one_and_transposed(models, exported):
     _, folder = exported["scout", "fp8"]
-    stored = StoredTensors(folder)
+    stored = TensorFiles(folder)
     experts = models["scout"].model.layers[1].feed_forward.experts
     for expert in range(4):
         for part, weight in (
@@ -141,7 +141,7 @@ def test_a_sharded_export_loads_to_the_same_weights(models, exported, gate, tmp_
     quantized = quant.quantize(models["scout"], scheme="int4", group_size=32)
     quant.export(quantized, tmp_path / "out", gate=gate, shard_bytes=100_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    first, second = StoredTensors(single), StoredTensors(tmp_path / "out")
+    first, second = TensorFiles(single), TensorFiles(tmp_path / "out")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -149,7 +149,7 @@ def test_a_sharded_export_loads_to_the_same_weights(models, exported, gate, tmp_
 def test_tied_embeddings_are_stored_once(gate, tmp_path):
     quantized = quant.quantize(build_llama(tied=True), scheme="int4", group_size=32)
     assert quant.export(quantized, tmp_path / "out", gate=gate).passed
-    assert "lm_head.weight" not in StoredTensors(tmp_path / "out")
+    assert "lm_head.weight" not in TensorFiles(tmp_path / "out")
 
 
 def test_an_fp32_model_is_stored_as_bf16(tokens_BT, gate, tmp_path):

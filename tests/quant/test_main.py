@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quant.__main__ import main
-from quant.shards import StoredTensors
+from quant.tensor_files import TensorFiles
 
 
 def command(folders: dict, tmp_path: Path, *more: str, model: str = "maverick", scheme: str = "int4") -> list[str]:
@@ -53,7 +53,7 @@ def test_a_dry_run_foretells_the_export(folders, tmp_path, capsys):
     assert {key: result[key] for key in plan} == plan
     assert result["gate"]["passed"]
     assert result["gate"]["facts"]["quantised_layers"] == len(plan["quantised"])
-    stored = StoredTensors(tmp_path / "out")
+    stored = TensorFiles(tmp_path / "out")
     assert sum(tensor.nbytes for tensor in stored.values()) == plan["bytes_after"]
     lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
     assert (lineage["role"], lineage["student"], lineage["scheme"]) == ("export", "maverick", "int4-g32")
@@ -132,7 +132,7 @@ def test_the_command_is_an_mlflow_run_with_the_model_and_its_lineage(folders, tm
     experiment = client.get_experiment_by_name("presses")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.params["scheme"] == "fp8"
-    assert run.data.metrics["export/bytes_after"] == sum(t.nbytes for t in StoredTensors(tmp_path / "out").values())
+    assert run.data.metrics["export/bytes_after"] == sum(t.nbytes for t in TensorFiles(tmp_path / "out").values())
     version = client.get_model_version_by_alias("out", "fp8")
     assert version.tags["student"] == "maverick"
 

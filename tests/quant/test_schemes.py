@@ -14,7 +14,7 @@ from quant.gate_process import GateProcess
 from quant.loading import load as load_reference
 from quant.readers import COMPRESSED, FINE_GRAINED, GGUF, SCHEMES, check_reader, check_scheme, readers
 from quant.schemes import Scheme
-from quant.shards import StoredTensors
+from quant.tensor_files import TensorFiles
 from tests.quant.tiny_models import WIDE_BUILDERS
 
 FOLDERS = [
@@ -182,7 +182,7 @@ def test_asymmetric_zeros_are_stored_for_every_eighth_row(wide):
 
 def test_experts_have_names_of_their_own_in_a_bitsandbytes_folder(wide, gate: GateProcess, tmp_path: Path):
     quant.export(quantised(wide["wide-scout"], "nf4", container="bitsandbytes"), tmp_path / "out", gate=gate)
-    names = set(StoredTensors(tmp_path / "out"))
+    names = set(TensorFiles(tmp_path / "out"))
     bank = "model.layers.0.feed_forward.experts"
     assert {f"{bank}.1.down_proj.weight", f"{bank}.1.down_proj.weight.quant_state.bitsandbytes__nf4"} <= names
     assert not any("gate_up_proj" in name for name in names)

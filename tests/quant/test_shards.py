@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from quant.shards import StoredTensors, write_shards
+from quant.shards import write_shards
+from quant.tensor_files import TensorFiles
 
 TENSORS = {
     "shape": torch.tensor([3, 5]),
@@ -54,7 +55,7 @@ def test_shards_and_index_hold_every_tensor_once_and_no_shard_exceeds_the_limit(
         assert all(index["weight_map"][name] == file.name for name in part)
         found |= part
     assert all(same(found[name], tensor) for name, tensor in TENSORS.items())
-    assert all(same(StoredTensors(tmp_path)[name], tensor) for name, tensor in TENSORS.items())
+    assert all(same(TensorFiles(tmp_path)[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_a_tensor_larger_than_the_limit_gets_its_own_file(tmp_path: Path):

@@ -94,7 +94,7 @@ def test_quantised_layers_hold_their_stored_bits_and_nothing_holds_them_twice(ex
 
 
 def test_each_stored_tensor_is_read_once(exports, monkeypatch):
-    from quant.runtime.tensor_files import TensorFiles
+    from quant.tensor_files import TensorFiles
 
     read: list[str] = []
     inner = TensorFiles.__getitem__
