@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 BEAT_S = 10.0
 STALE_S = 90.0  # machines' clocks may differ by some of it
-MOST_TRIES = 3  # of one trial that dies from outside, by want of memory for one
+MOST_DEATHS = 3  # of one trial's run from outside, by want of memory for one
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,18 @@ class Ledger:
             if abandoned(frozen):
                 self.retry(frozen)
 
-    def retry(self, frozen: FrozenTrial) -> bool:
-        """Make a trial wait again in its run folder; False, and it has failed, when that was tried too often."""
-        number, tries = frozen.number, frozen.user_attrs.get("tries", 1)
-        again = tries < MOST_TRIES or "paused" in frozen.user_attrs
+    def retry(self, frozen: FrozenTrial, *, died: bool = False) -> bool:
+        """Make a trial wait again in its run folder; False, and it has failed, when its run died too often.
+
+        died: of itself, with its worker alive. A worker that is killed says nothing about the trial.
+        """
+        number, deaths = frozen.number, frozen.user_attrs.get("deaths", 0) + died
+        again = deaths < MOST_DEATHS
         retried = any(trial.user_attrs.get("retry_of") == number for trial in self.study.get_trials(deepcopy=False))
         # First the new one, then the end of the old: dying in between loses nothing: the next to look sees both.
         if again and not retried:
             kept = {key: frozen.user_attrs[key] for key in ("defaults", "run") if key in frozen.user_attrs}
-            kept |= {"retry_of": number, "tries": tries if "paused" in frozen.user_attrs else tries + 1}
+            kept |= {"retry_of": number, "deaths": deaths}
             kept.setdefault("run", number)
             self.study.enqueue_trial(frozen.params, user_attrs=kept)
         try:

@@ -180,7 +180,7 @@ class Worker:
             self.on_storage(lambda: self.ledger.pause(trial))
             self.stop_all(line, ENVIRONMENT)
         from_outside = error.code >= 128 or error.code in (0, Interrupted.exit_code)
-        if from_outside and self.on_storage(lambda: self.ledger.retry(frozen)):
+        if from_outside and self.on_storage(lambda: self.ledger.retry(frozen, died=True)):
             return
         self.tell(trial, TrialState.FAIL, why=str(error))
         ended = self.on_storage(self.ledger.ended)

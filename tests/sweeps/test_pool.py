@@ -1,5 +1,6 @@
 """Whole studies over real storages and real processes; the runs themselves are the stub's."""
 
+import contextlib
 import json
 import os
 import random
@@ -144,9 +145,9 @@ def test_killed_workers_and_commands_lose_no_trial_and_count_none_twice(tmp_path
     for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=studies.ROOT)
         time.sleep(3 + 2 * choose.random())
-        family = (
-            [process.pid, *(c.pid for c in psutil.Process(process.pid).children())] if process.poll() is None else []
-        )
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may be done already
+            family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
         for pid in choose.sample(family, min(2, len(family))):
             with_kill(pid)
         if process.poll() is None:
