@@ -73,7 +73,8 @@ ranks.barrier()
 name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
 maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
 mapped = {line.split("/dev/shm/")[1] for line in maps if name in line}
-print(total.sum().item(), len(mapped), list(pathlib.Path("/dev/shm").glob(name + "*")))
+left = list(pathlib.Path("/dev/shm").glob(name + "*"))
+print(total.sum().item(), len(mapped), left, flush=True)
 os.kill(os.getpid(), 9)
 """
 
