@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 
+from herd.run.errors import Interrupted
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
 from sweeps.results import Result
@@ -35,8 +36,8 @@ def of_study(study: Study, base: Config, optuna_study: optuna.Study) -> Iterator
         optuna_study.set_user_attr("mlflow_run_id", tracker.run_id)
     try:
         yield tracker
-    except BaseException:
-        tracker.finish("KILLED")
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish()
 
