@@ -1,0 +1,189 @@
+"""Every weight between soft and hard targets on real text, with small Llama 4 models: what is left of the other lab?
+
+    python benchmarks/real_text.py [--seeds 5] [--show maturity "maturity at 2"]
+
+The standard library, held-out text, students of benchmarks/nano_models.py. Within a seed all arms read the same batches
+and one teacher's answers, made once. Finished runs are kept in benchmarks/results/real_text.json, not run again.
+Shapes: T tokens of a step, S statistics of distill.losses.kernel.STATS.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import sparse_targets
+from nano_models import OPTIM, STEPS, STUDENT, STUDENT_RATE, VOCABULARY, Network, Teacher, Text
+from weighting_arms import CONSTANTS, DYNAMIC, TEMPERATURES, Arm, fifths, save, teach
+from weighting_table import (
+    ALONE,
+    compare,
+    differences_table,
+    goals_table,
+    intervals_table,
+    temperatures_table,
+)
+
+from distill import weighting
+from distill.schedule import learning_rate
+from herd.data.batches import Batch
+from teachers.cache.codecs import CODECS, Codec
+from teachers.targets import SoftTargets
+
+RESULTS = Path(__file__).resolve().parent / "results" / "real_text.json"
+CELLS = ("good", "co", "ahead", "weak", "hasty")
+EVALUATE_EVERY = 10
+"""Steps between the held-out losses that `slope` sees."""
+AT_2 = (0.5, 0.7, 0.9)
+LEFT_OUT = ("gap token",)
+"""Far behind wherever it was measured; every arm costs five runs a cell."""
+FEWER = {
+    "ahead": (0.3, 0.5, 0.7, 0.9),
+    "weak": (0.5, 0.7, 0.9),
+    "hasty": (0.1, 0.3, 0.5),
+}
+"""Constants at temperature 1 in the cells that have the designs of DESIGNS_OF_FEWER only."""
+DESIGNS_OF_FEWER = ("maturity", "maturity at 2", "lead", "gap step")
+BYTES = 36
+SPARSE_WEIGHTS = {"default": "maturity"}
+"""What sparse_targets.py calls a weight, and the arm that has it with whole distributions."""
+
+
+def arms(cell: str) -> list[Arm]:
+    """Those of benchmarks/weighting.py that are affordable here, in most cells a choice of them."""
+    grid = [Arm(f"{alpha:g} at 1", alpha) for alpha in CONSTANTS] + [
+        Arm(f"{alpha:g} at 2", alpha, 2.0) for alpha in AT_2
+    ]
+    dynamic = [Arm(name, settings) for name, settings in DYNAMIC.items() if name not in LEFT_OUT]
+    maturity = DYNAMIC["maturity"]
+    higher = [Arm(f"maturity to 0.95 at {heat:g}", maturity | {"peak": 0.95}, heat) for heat in TEMPERATURES]
+    chosen = [Arm(ALONE, 0.0), *grid, *dynamic, Arm("maturity at 2", maturity, 2.0), *higher]
+    if cell in FEWER:
+        named = (ALONE, *(f"{alpha:g} at 1" for alpha in FEWER[cell]), *DESIGNS_OF_FEWER)
+        chosen = [arm for arm in chosen if arm.name in named or (cell != "hasty" and arm.name == "0.9 at 2")]
+    return chosen
+
+
+class Pupil:
+    """One arm's student; with a codec it learns from what the cache would have kept."""
+
+    def __init__(self, arm: Arm, seed: int, codec: str | None = None) -> None:
+        self.arm, self.codec, self.alphas = arm, codec, []
+        self.network = Network("scout-nano", STUDENT, seed=seed)
+        self.design = arm.build(steps=STEPS) if isinstance(arm.weight, dict) else None
+
+    @property
+    def name(self) -> str:
+        return self.arm.name if self.codec is None else f"{self.arm.name} from {self.codec}"
+
+    def learn(self, batch: Batch, targets: SoftTargets, step: int) -> None:
+        """One step; the design learns from it too."""
+        alpha = self.arm.weight if self.design is None else self.design.alpha
+        taught = {} if self.arm.name == ALONE else {"targets": targets, "temperature": self.arm.temperature}
+        loss, stats_ST, _ = self.network.measure(batch, alpha=alpha, **taught)
+        self.network.update(loss, learning_rate(OPTIM, step, steps=STEPS, peak=STUDENT_RATE))
+        if self.design is not None:
+            self.alphas.append(teach(self.design, stats_ST, step))
+
+
+class Lesson:
+    """One cell with one seed: all arms' students in turn, batch by batch."""
+
+    def __init__(self, cell: str, seed: int, chosen: list[Arm]) -> None:
+        self._text, self._teacher = Text(seed), Teacher(cell, seed)
+        self._pupils = [Pupil(arm, seed) for arm in chosen]
+        self._codecs: dict[str, Codec] = {}
+        self._bytes: dict[str, list[float]] = {}
+        if cell == "good":
+            self._add_sparse(chosen, seed)
+
+    def _add_sparse(self, chosen: list[Arm], seed: int) -> None:
+        """Students of sparse targets, each codec as large as fits."""
+        batch = self._text.batch(0)
+        dense = self._teacher.read(batch, 0)
+        for name in CODECS:
+            form = sparse_targets.label((name, BYTES))
+            codec = sparse_targets.largest(name, BYTES, dense.logits_TV, batch.labels_BT, batch.keys_B)
+            self._codecs[form], self._bytes[form] = codec, []
+            wanted = [arm for arm in chosen if arm.name in SPARSE_WEIGHTS.values()]
+            self._pupils += [Pupil(arm, seed, form) for arm in wanted]
+
+    def run(self) -> dict[str, Any]:
+        """Held-out loss of every arm at the end, and of the teacher."""
+        for step in range(STEPS):
+            self._step(step)
+        found: dict[str, Any] = {"teacher_ce": round(self._teacher.network.heldout(self._text.heldout), 5), "arms": {}}
+        for pupil in self._pupils:
+            found["arms"][pupil.name] = {"ce": round(pupil.network.heldout(self._text.heldout), 5)}
+            if pupil.alphas:
+                found["arms"][pupil.name]["alpha"] = fifths(pupil.alphas)
+        sizes = {
+            form: {"size": codec.size, "bytes": statistics.mean(self._bytes[form])}
+            for form, codec in self._codecs.items()
+        }
+        return found | {"codecs": sizes}
+
+    def _step(self, step: int) -> None:
+        batch = self._text.batch(step)
+        forms: dict[str | None, SoftTargets] = {None: self._teacher.read(batch, step)}
+        for form, codec in self._codecs.items():
+            size, forms[form] = sparse_targets.encoded(codec, forms[None].logits_TV, batch.labels_BT, batch.keys_B)
+            self._bytes[form].append(size)
+        for pupil in self._pupils:
+            pupil.learn(batch, forms[pupil.codec], step)
+            if isinstance(pupil.design, weighting.Slope) and (step + 1) % EVALUATE_EVERY == 0:
+                pupil.design.see_heldout(step + 1, pupil.network.heldout(self._text.probe))
+
+
+def run_all(seeds: int) -> dict[str, Any]:
+    """Every cell with every seed, what is missing of it; saved after each. Alone is the same in all."""
+    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+    for seed in range(seeds):
+        for cell in CELLS:
+            name = f"{cell}/{seed}"
+            if name in runs:
+                continue
+            known = runs.get(f"{CELLS[0]}/{seed}", {"arms": {}})["arms"]
+            shared = {ALONE: known[ALONE]} if ALONE in known else {}
+            began = time.process_time()
+            found = Lesson(cell, seed, [arm for arm in arms(cell) if arm.name not in shared]).run()
+            runs[name] = found | {"arms": shared | found["arms"]}
+            save(RESULTS, {"runs": runs})
+            print(f"{name}: {len(found['arms'])} students in {time.process_time() - began:.0f} CPU s", flush=True)
+    return runs
+
+
+def sparse_rows(runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the codecs lose of the gain of whole distributions."""
+    shaped = []
+    for name, run in runs.items():
+        if name.startswith("good/"):
+            found = {"alone": run["arms"][ALONE]["ce"], "codecs": run["codecs"]}
+            for weight, arm in SPARSE_WEIGHTS.items():
+                found[weight] = {"dense": run["arms"][arm]["ce"]}
+                found[weight] |= {form: run["arms"][f"{arm} from {form}"]["ce"] for form in run["codecs"]}
+            shaped.append(found)
+    return sparse_targets.compare(shaped, vocabulary=VOCABULARY)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--show", nargs="+", default=["maturity", "maturity at 2"], help="designs shown with intervals")
+    arguments = parser.parse_args()
+    runs = run_all(arguments.seeds)
+    cells, sparse = compare(runs, measure="ce"), sparse_rows(runs)
+    save(
+        RESULTS,
+        {"runs": runs, "cells": cells, "sparse": {row["targets"] + ", " + row["weight"]: row for row in sparse}},
+    )
+    print("Thousandths of a nat of held-out loss, differences; below 0 is better.")
+    tables = (differences_table, temperatures_table, goals_table)
+    print(*(table(cells) for table in tables), intervals_table(cells, arguments.show), sep="\n\n")
+    print(sparse_targets.describe(sparse))
+
+
+if __name__ == "__main__":
+    main()
