@@ -8,7 +8,7 @@ Shapes: T tokens of a step, H width, S statistics of distill.losses.kernel.STATS
 
 import statistics
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Text:
         return batch
 
 
-@lru_cache
+@cache
 def _packed() -> tuple[PackedRows, list[list[Batch]]]:
     """All training rows, and six parts of the held-out ones."""
     data = Data(sequence_length=LENGTH)
@@ -154,7 +154,7 @@ def new_teacher(seed: int) -> Network:
     return Network("behemoth-nano", TEACHER, seed=50 + seed)
 
 
-@lru_cache(maxsize=1)
+@cache
 def frozen_teachers(seed: int) -> dict[str, Network]:
     """One that read rows no student meets, to the end of its schedule (`good`) and early on its way (`weak`)."""
     text, network, found = Text(seed), new_teacher(seed), {}

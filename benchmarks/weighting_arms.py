@@ -52,6 +52,8 @@ class Arm:
     name: str
     weight: float | dict[str, Any]
     temperature: float = 1.0
+    codec: str | None = None
+    """What a cache keeps of its targets; None for whole distributions."""
 
     def build(self, *, steps: int) -> weighting.Weighting:
         settings = TypeAdapter(settings_of.Weighting).validate_python(self.weight)

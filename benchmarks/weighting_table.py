@@ -12,8 +12,8 @@ from quality import interval
 
 ALONE = "alone"
 MEASURES = {"kl": "KL to the truth", "ce": "held-out loss"}
-UNCONTESTED = ("ahead/clean", "immature/clean", "wrong/clean")
-"""Cells that ask for no regret only."""
+CONTESTED = ("good", "weak", "co")
+"""Teachers whose cells count as won or lost; the others ask for no regret only."""
 
 
 def is_constant(arm: str) -> bool:
@@ -130,8 +130,8 @@ def _with_interval(found: dict[str, Any]) -> str:
 def goals(cells: dict[str, Any], arm: str) -> dict[str, Any]:
     """What one arm does of what is wanted: no regret anywhere, near the best constant of a good teacher, wins."""
     found = {name: cell["arms"][arm] for name, cell in cells.items() if arm in cell["arms"]}
-    to_alone = {name: arm_of_cell["to_alone"]["mean"] for name, arm_of_cell in found.items()}
-    to_best = {name: found[name]["to_best_constant"] for name in found if name not in UNCONTESTED}
+    to_alone = {name: compared["to_alone"]["mean"] for name, compared in found.items()}
+    to_best = {name: found[name]["to_best_constant"] for name in found if name.split("/")[0] in CONTESTED}
     worst = max(to_alone, key=lambda name: to_alone[name])
     return {
         "most_regret": to_alone[worst],
