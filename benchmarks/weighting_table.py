@@ -23,35 +23,40 @@ def is_constant(arm: str) -> bool:
 
 def compare(runs: dict[str, Any], *, measure: str = "kl") -> dict[str, Any]:
     """Every cell: its best constant, chosen in hindsight by the mean over seeds, and every arm against it and alone."""
-    cells: dict[str, dict[int, Any]] = {}
+    cells: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         cell, seed = name.rsplit("/", 1)
-        cells.setdefault(cell, {})[int(seed)] = run
-    return {cell: _compared([by_seed[seed] for seed in sorted(by_seed)], measure) for cell, by_seed in cells.items()}
+        cells.setdefault(cell, {})[seed] = run
+    return {cell: _compared(by_seed, measure) for cell, by_seed in cells.items()}
 
 
-def _compared(runs: list[dict[str, Any]], measure: str) -> dict[str, Any]:
-    nats = {arm: [run["arms"][arm][measure] for run in runs] for arm in runs[0]["arms"]}
-    ce = {arm: [run["arms"][arm]["ce"] for run in runs] for arm in runs[0]["arms"]}
-    best = min(filter(is_constant, nats), key=lambda arm: statistics.mean(nats[arm]))
-    arms = {
-        arm: {
-            measure: statistics.mean(nats[arm]),
-            "to_alone": difference(nats[arm], nats[ALONE]),
-            "to_best_constant": difference(nats[arm], nats[best]),
-            "heldout_to_alone": difference(ce[arm], ce[ALONE]),
-            "alpha_by_fifth": _means([run["arms"][arm].get("alpha", []) for run in runs]),
-        }
-        for arm in nats
-    }
+def _compared(runs: dict[str, Any], measure: str) -> dict[str, Any]:
+    names = list(dict.fromkeys(arm for run in runs.values() for arm in run["arms"]))
+    found = {arm: {seed: run["arms"][arm] for seed, run in runs.items() if arm in run["arms"]} for arm in names}
+    nats, ce = (
+        {arm: {seed: run[what] for seed, run in of_seed.items()} for arm, of_seed in found.items()}
+        for what in (measure, "ce")
+    )
+    # Lowest against alone, so that constants measured with fewer seeds are compared fairly.
+    best = min(filter(is_constant, nats), key=lambda arm: difference(nats[arm], nats[ALONE])["mean"])
     pairs = {arm: twin for arm in nats if (twin := at_temperature_1(arm)) in nats}
     return {
         "seeds": len(runs),
         "measure": measure,
-        "teacher": statistics.mean(run[f"teacher_{measure}"] for run in runs),
+        "teacher": statistics.mean(run[f"teacher_{measure}"] for run in runs.values()),
         "best_constant": best,
         "at_2_to_1": {arm: difference(nats[arm], nats[twin]) for arm, twin in pairs.items()},
-        "arms": arms,
+        "arms": {
+            arm: {
+                "seeds": len(nats[arm]),
+                measure: statistics.mean(nats[arm].values()),
+                "to_alone": difference(nats[arm], nats[ALONE]),
+                "to_best_constant": difference(nats[arm], nats[best]),
+                "heldout_to_alone": difference(ce[arm], ce[ALONE]),
+                "alpha_by_fifth": _means([run.get("alpha", []) for run in found[arm].values()]),
+            }
+            for arm in nats
+        },
     }
 
 
@@ -63,9 +68,9 @@ def at_temperature_1(arm: str) -> str | None:
     return f"{weight} at 1" if weight[-1].isdigit() else weight
 
 
-def difference(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Mean of the paired differences, its 95 % Student interval, and the worst seed."""
-    differences = [our - their for our, their in zip(ours, theirs, strict=True)]
+def difference(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:
+    """Mean of the differences paired by seed, its 95 % Student interval, and the worst seed."""
+    differences = [nats - theirs[seed] for seed, nats in ours.items() if seed in theirs]
     mean = statistics.mean(differences)
     return {"mean": mean, "ci95": interval(differences), "worst": max(differences)}
 
@@ -75,7 +80,7 @@ def _means(rows: list[list[float]]) -> list[float]:
 
 
 def differences_table(cells: dict[str, Any]) -> str:
-    """Markdown: every arm's mean difference to the student alone, by cell."""
+    """Markdown: every arm's mean difference to the student alone, by cell; (seeds) where some are missing."""
     arms = [arm for arm in next(iter(cells.values()))["arms"] if arm != ALONE]
     lines = [f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     measure = next(iter(cells.values()))["measure"]
@@ -94,8 +99,10 @@ def _line(name: str, values: list[str]) -> str:
 def _shown(cell: dict[str, Any], arm: str) -> str:
     if arm not in cell["arms"]:
         return ""
-    text = f"{1000 * cell['arms'][arm]['to_alone']['mean']:+.0f}"
-    return f"**{text}**" if arm == cell["best_constant"] else text
+    found = cell["arms"][arm]
+    text = f"{1000 * found['to_alone']['mean']:+.0f}"
+    text = f"**{text}**" if arm == cell["best_constant"] else text
+    return text if found["seeds"] == cell["seeds"] else f"{text} ({found['seeds']})"
 
 
 def temperatures_table(cells: dict[str, Any]) -> str:
@@ -113,7 +120,7 @@ def intervals_table(cells: dict[str, Any], chosen: list[str]) -> str:
     lines = ["| cell | best constant | design | to the best constant | to alone | worst seed | alpha by fifth |"]
     lines.append("|---" * 7 + "|")
     for name, cell in cells.items():
-        for arm in chosen:
+        for arm in filter(cell["arms"].__contains__, chosen):
             found = cell["arms"][arm]
             alphas = ", ".join(f"{alpha:.2f}" for alpha in found["alpha_by_fifth"])
             both = " | ".join(_with_interval(found[key]) for key in ("to_best_constant", "to_alone"))
