@@ -48,7 +48,6 @@ def _compared(runs: dict[str, Any], measure: str) -> dict[str, Any]:
         "at_2_to_1": {arm: difference(nats[arm], nats[twin]) for arm, twin in pairs.items()},
         "arms": {
             arm: {
-                "seeds": len(nats[arm]),
                 measure: statistics.mean(nats[arm].values()),
                 "to_alone": difference(nats[arm], nats[ALONE]),
                 "to_best_constant": difference(nats[arm], nats[best]),
@@ -72,7 +71,7 @@ def difference(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, An
     """Mean of the differences paired by seed, its 95 % Student interval, and the worst seed."""
     differences = [nats - theirs[seed] for seed, nats in ours.items() if seed in theirs]
     mean = statistics.mean(differences)
-    return {"mean": mean, "ci95": interval(differences), "worst": max(differences)}
+    return {"mean": mean, "ci95": interval(differences), "worst": max(differences), "seeds": len(differences)}
 
 
 def _means(rows: list[list[float]]) -> list[float]:
@@ -102,7 +101,12 @@ def _shown(cell: dict[str, Any], arm: str) -> str:
     found = cell["arms"][arm]
     text = f"{1000 * found['to_alone']['mean']:+.0f}"
     text = f"**{text}**" if arm == cell["best_constant"] else text
-    return text if found["seeds"] == cell["seeds"] else f"{text} ({found['seeds']})"
+    return text + _seeds(cell, found["to_alone"])
+
+
+def _seeds(cell: dict[str, Any], found: dict[str, Any]) -> str:
+    """How many, where some are missing."""
+    return "" if found["seeds"] == cell["seeds"] else f" ({found['seeds']})"
 
 
 def temperatures_table(cells: dict[str, Any]) -> str:
@@ -110,8 +114,9 @@ def temperatures_table(cells: dict[str, Any]) -> str:
     arms = next(iter(cells.values()))["at_2_to_1"]
     lines = [f"| at 2 against 1 | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     for arm in arms:
-        found = [cell["at_2_to_1"].get(arm) for cell in cells.values()]
-        lines.append(_line(arm.removesuffix(" at 2"), [_with_interval(pair) if pair else "" for pair in found]))
+        found = [(cell, cell["at_2_to_1"].get(arm)) for cell in cells.values()]
+        shown = [_with_interval(pair) + _seeds(cell, pair) if pair else "" for cell, pair in found]
+        lines.append(_line(arm.removesuffix(" at 2"), shown))
     return "\n".join(lines)
 
 
@@ -125,6 +130,7 @@ def intervals_table(cells: dict[str, Any], chosen: list[str]) -> str:
             alphas = ", ".join(f"{alpha:.2f}" for alpha in found["alpha_by_fifth"])
             both = " | ".join(_with_interval(found[key]) for key in ("to_best_constant", "to_alone"))
             worst = 1000 * found["to_alone"]["worst"]
+            arm += _seeds(cell, found["to_alone"])
             lines.append(f"| {name} | {cell['best_constant']} | {arm} | {both} | {worst:+.1f} | {alphas} |")
     return "\n".join(lines)
 
