@@ -1,6 +1,6 @@
 """Every weight between soft and hard targets on real text, with small Llama 4 models: what is left of the other lab?
 
-    python benchmarks/real_text.py [--seeds 5] [--show maturity "maturity at 2"]
+    python benchmarks/real_text.py [--seeds 5] [--show maturity "maturity at 2"] [--tables]
 
 The standard library, held-out text, students of benchmarks/nano_models.py. Within a seed all arms read the same batches
 and one teacher's answers, made once. Finished runs are kept in benchmarks/results/real_text.json, not run again.
@@ -141,9 +141,14 @@ class Lesson:
                 pupil.design.see_heldout(step + 1, pupil.network.heldout(self._text.probe))
 
 
+def finished() -> dict[str, Any]:
+    """The runs that are there already."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+
+
 def run_all(seeds: int) -> dict[str, Any]:
     """Every cell with every seed; saved after each. Alone, a student is the same in all cells."""
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+    runs = finished()
     first = {cell: [arm for arm in arms(cell) if arm.name in names or arm.codec] for cell, names in FIRST.items()}
     for chosen in (first, {cell: arms(cell) for cell in CELLS}):
         for cell, seed in product(chosen, range(seeds)):
@@ -174,8 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--show", nargs="+", default=["maturity", "maturity at 2"], help="designs shown with intervals")
+    parser.add_argument("--tables", action="store_true", help="only those of the runs that are finished")
     arguments = parser.parse_args()
-    runs = run_all(arguments.seeds)
+    runs = finished() if arguments.tables else run_all(arguments.seeds)
     cells, sparse = compare(runs, measure="ce"), sparse_rows(runs)
     save(
         RESULTS,
