@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from known_truth import TOKENS_A_STEP, VOCABULARY, Students, World
 from quality import interval
-from weighting import STEPS, STUDENT, STUDENT_RATE, Arm, Teacher
+from weighting import STEPS, STUDENT, STUDENT_RATE, Teacher
+from weighting_arms import Arm, teach
 
 from distill.losses import distillation_from_logits
 from distill.schedule import learning_rate
-from distill.tally import Tally
 from herd.run.files import write_atomic
 from herd.run.schema import Optim
 from teachers.cache.codecs import CODECS, Codec, Kept, encode_rows
@@ -34,23 +34,28 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "constant 0.9": {"kind": "constant", "alpha": 0.9},
     "default": {"kind": "maturity"},
 }
-MOST = {"head_and_tail": 255, "rs_kd": 1024, "top_k": VOCABULARY}
+MOST = {"head_and_tail": 255, "rs_kd": 1024, "top_k": 256}
 
 
-def encoded(codec: Codec, teacher_TV: torch.Tensor, labels_T: torch.Tensor, key: int) -> tuple[float, SparseTargets]:
-    """Bytes a token of one row, and what is read back from them."""
-    row, keys = labels_T[None], torch.tensor([key])
-    (payload,) = encode_rows(codec, DenseTargets(teacher_TV), row, keys, vocabulary=VOCABULARY)
-    kept = Kept.from_bytes(payload, num_tokens=len(labels_T), vocabulary=VOCABULARY)
-    return len(payload) / len(labels_T), sparse_targets([kept], len(labels_T), tail=codec.tail, temperature=1.0)
+def encoded(
+    codec: Codec, teacher_TV: torch.Tensor, labels_NL: torch.Tensor, keys_N: torch.Tensor
+) -> tuple[float, SparseTargets]:
+    """Bytes a token of these rows, and what is read back from them."""
+    vocabulary, length = teacher_TV.shape[1], labels_NL.shape[1]
+    payloads = encode_rows(codec, DenseTargets(teacher_TV), labels_NL, keys_N, vocabulary=vocabulary)
+    kept = [Kept.from_bytes(payload, num_tokens=length, vocabulary=vocabulary) for payload in payloads]
+    bytes_a_token = sum(map(len, payloads)) / labels_NL.numel()
+    return bytes_a_token, sparse_targets(kept, length, tail=codec.tail, temperature=1.0)
 
 
-def largest(name: str, most_bytes: float, teacher_TV: torch.Tensor, labels_T: torch.Tensor) -> Codec:
+def largest(
+    name: str, most_bytes: float, teacher_TV: torch.Tensor, labels_NL: torch.Tensor, keys_N: torch.Tensor
+) -> Codec:
     """The codec of this name that keeps most within so many bytes a token."""
     fits, fails = 1, MOST[name] + 1
     while fails - fits > 1:
         tried = (fits + fails) // 2
-        if encoded(CODECS[name](tried), teacher_TV, labels_T, 0)[0] <= most_bytes:
+        if encoded(CODECS[name](tried), teacher_TV, labels_NL, keys_N)[0] <= most_bytes:
             fits = tried
         else:
             fails = tried
@@ -65,10 +70,13 @@ class Lesson:
         context_TX, labels_T = self._world.batch(0)
         teacher_TV = self._teacher.read(context_TX, labels_T, 0)
         self._codecs = {
-            (name, size): largest(name, size, teacher_TV, labels_T) for name, size in product(CODECS, BYTES)
+            (name, size): largest(name, size, teacher_TV, labels_T[None], torch.tensor([0]))
+            for name, size in product(CODECS, BYTES)
         }
         forms = [None, *self._codecs]
-        self._designs = [(form, name, Arm(name, WEIGHTS[name]).build()) for form, name in product(forms, WEIGHTS)]
+        self._designs = [
+            (form, name, Arm(name, WEIGHTS[name]).build(steps=STEPS)) for form, name in product(forms, WEIGHTS)
+        ]
         self._students = Students(1 + len(self._designs), seed=seed, **STUDENT)
         self._bytes: dict[tuple[str, int], list[float]] = {form: [] for form in self._codecs}
 
@@ -91,7 +99,7 @@ class Lesson:
         teacher_TV = self._teacher.read(context_TX, labels_T, step)
         targets: dict[Any, Any] = {None: DenseTargets(teacher_TV)}
         for form, codec in self._codecs.items():
-            size, targets[form] = encoded(codec, teacher_TV, labels_T, step)
+            size, targets[form] = encoded(codec, teacher_TV, labels_T[None], torch.tensor([step]))
             self._bytes[form].append(size)
         alone_TV, *logits_A = self._students.logits(context_TX).unbind()
         losses = [distillation_from_logits(alone_TV, labels_T).loss]
@@ -100,9 +108,7 @@ class Lesson:
                 logits_TV, labels_T, targets[form], alpha=design.alpha, chunk_tokens=2 * TOKENS_A_STEP
             )
             losses.append(out.loss)
-            tally = Tally(top_k=1)
-            tally.add(out.stats_ST, torch.ones_like(labels_T, dtype=torch.bool), [])
-            design.update(tally.step_stats(step))
+            teach(design, out.stats_ST, step)
         self._students.step(sum(losses), learning_rate(Optim(), step, steps=STEPS, peak=STUDENT_RATE))
 
 
@@ -111,17 +117,17 @@ def label(form: tuple[str, int] | None) -> str:
     return "dense" if form is None else f"{form[0]} at {form[1]}"
 
 
-def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(runs: list[dict[str, Any]], *, vocabulary: int) -> list[dict[str, Any]]:
     """Every form and weight: the share of the dense target's gain over the student alone that is lost, in per cent."""
     rows = []
-    for name in WEIGHTS:
+    for name in filter(runs[0].__contains__, WEIGHTS):
         for form in runs[0][name]:
             lost = [(run[name][form] - run[name]["dense"]) / (run["alone"] - run[name]["dense"]) * 100 for run in runs]
             rows.append(
                 {
                     "weight": name,
                     "targets": form,
-                    "bytes": statistics.mean(run["codecs"].get(form, {}).get("bytes", 4 * VOCABULARY) for run in runs),
+                    "bytes": statistics.mean(run["codecs"].get(form, {}).get("bytes", 4 * vocabulary) for run in runs),
                     "sizes": [run["codecs"].get(form, {}).get("size") for run in runs],
                     "to_alone": statistics.mean(run[name][form] - run["alone"] for run in runs),
                     "lost_percent": statistics.mean(lost),
@@ -129,6 +135,18 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """One line for each form and weight."""
+    lines = []
+    for row in rows:
+        low, high = row["lost_ci95"]
+        lines.append(
+            f"{row['weight']:13} {row['targets']:20} {row['bytes']:7.1f} B   to alone {row['to_alone']:+.4f}   "
+            f"of the gain lost {row['lost_percent']:+.2f} % [{low:+.2f}, {high:+.2f}]"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -140,14 +158,9 @@ def main() -> None:
         if seed not in runs:
             runs[seed] = Lesson(int(seed)).run()
             write_atomic(RESULTS, json.dumps({"runs": runs}) + "\n")
-    rows = compare([runs[seed] for seed in seeds])
+    rows = compare([runs[seed] for seed in seeds], vocabulary=VOCABULARY)
     write_atomic(RESULTS, json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        low, high = row["lost_ci95"]
-        print(
-            f"{row['weight']:13} {row['targets']:20} {row['bytes']:7.1f} B   to alone {row['to_alone']:+.4f}   "
-            f"of the gain lost {row['lost_percent']:+.2f} % [{low:+.2f}, {high:+.2f}]"
-        )
+    print(describe(rows))
 
 
 if __name__ == "__main__":

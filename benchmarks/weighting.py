@@ -9,26 +9,21 @@ Shapes: A students, T tokens of a step, X tokens of context, V vocabulary.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from known_truth import TOKENS_A_STEP, Students, Truth, World, ce_of, trained_alone
-from pydantic import TypeAdapter
-from weighting_table import compare, differences_table, goals_table, intervals_table
+from weighting_arms import TEMPERATURES, Arm, arms, fifths, save, teach
+from weighting_table import compare, differences_table, goals_table, intervals_table, temperatures_table
 
 from distill import weighting
 from distill.losses import Alpha, Distillation, distillation_from_logits
 from distill.losses.token_stats import TokenStats
 from distill.schedule import learning_rate
-from distill.tally import Tally
-from herd.run import weighting as settings_of
-from herd.run.files import write_atomic
 from herd.run.schema import Optim
 from teachers.targets import DenseTargets
 
@@ -45,53 +40,6 @@ DATA = ("clean", "shift", "noise")
 CELLS = [
     (teacher, data) for teacher in TEACHERS for data in DATA if data == "clean" or teacher in ("good", "weak", "co")
 ]
-CONSTANTS = tuple(tenths / 10 for tenths in range(1, 10))
-TEMPERATURES = (1.0, 2.0)
-DYNAMIC: dict[str, dict[str, Any]] = {
-    "maturity": {"kind": "maturity"},
-    "lead": {"kind": "lead"},
-    "linear up": {"kind": "schedule", "start": 0.0, "end": 0.9},
-    "linear down": {"kind": "schedule", "start": 0.9, "end": 0.0},
-    "confidence": {"kind": "confidence", "measure": "entropy"},
-    "gate": {"kind": "gate"},
-    "repair": {"kind": "repair"},
-    "gap token": {"kind": "gap", "over": "token"},
-    "gap step": {"kind": "gap", "over": "step"},
-    "gap entropy": {"kind": "gap", "over": "entropy"},
-    "norms": {"kind": "gradients", "rule": "norms"},
-    "mgda": {"kind": "gradients", "rule": "mgda"},
-    "surgery": {"kind": "gradients", "rule": "surgery"},
-    "uncertainty": {"kind": "uncertainty"},
-    "calibration teacher": {"kind": "calibration", "reference": "teacher"},
-    "calibration student": {"kind": "calibration", "reference": "student"},
-    "slope": {"kind": "slope"},
-}
-DYNAMIC_AT_2 = ("maturity", "lead", "gap step")
-BEYOND = (0.95, 1.0)
-"""Above the grid of constants, whose best is its largest with a good teacher."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One student: a constant weight at a temperature, or a design of the product."""
-
-    name: str
-    weight: float | dict[str, Any]
-    temperature: float = 1.0
-
-    def build(self) -> weighting.Weighting:
-        settings = TypeAdapter(settings_of.Weighting).validate_python(self.weight)
-        return weighting.build(settings, steps=STEPS)
-
-
-def arms() -> list[Arm]:
-    """The student alone, the grid of constants, and every design."""
-    grid = [Arm(f"{alpha:g} at {heat:g}", alpha, heat) for heat in TEMPERATURES for alpha in CONSTANTS]
-    dynamic = [Arm(name, settings) for name, settings in DYNAMIC.items()]
-    heated = [Arm(f"{name} at 2", DYNAMIC[name], 2.0) for name in DYNAMIC_AT_2]
-    beyond = [Arm(f"beyond the grid: {alpha:g} at {heat:g}", alpha, heat) for heat in TEMPERATURES for alpha in BEYOND]
-    higher = [Arm(f"maturity to 0.95 at {heat:g}", DYNAMIC["maturity"] | {"peak": 0.95}, heat) for heat in TEMPERATURES]
-    return [Arm("alone", 0.0), *grid, *dynamic, *heated, *beyond, *higher]
 
 
 @lru_cache
@@ -132,7 +80,9 @@ class Lesson:
         self._start, self._teacher = head_start(teacher), Teacher(teacher, seed)
         self._world = World.of(data, seed=seed, steps=self._start + STEPS)
         self._arms, self._students = chosen, Students(len(chosen), seed=seed, **STUDENT)
-        self._designs = {place: arm.build() for place, arm in enumerate(chosen) if isinstance(arm.weight, dict)}
+        self._designs = {
+            place: arm.build(steps=STEPS) for place, arm in enumerate(chosen) if isinstance(arm.weight, dict)
+        }
         self._alphas: dict[int, list[float]] = {place: [] for place in self._designs}
 
     def run(self) -> dict[str, Any]:
@@ -147,7 +97,7 @@ class Lesson:
         pairs = zip(self._arms, self._world.excess(logits_AEV), self._world.heldout_ce(logits_AEV), strict=True)
         found = {arm.name: {"kl": round(kl, 5), "ce": round(ce, 5)} for arm, kl, ce in pairs}
         for place, alphas in self._alphas.items():
-            found[self._arms[place].name]["alpha"] = [round(value, 3) for value in fifths(alphas)]
+            found[self._arms[place].name]["alpha"] = fifths(alphas)
         return {"teacher_kl": round(self._world.excess(teacher_EV)[0], 5), "arms": found}
 
     def _step(self, step: int) -> None:
@@ -176,13 +126,8 @@ class Lesson:
         own = [place for place in self._designs if self._arms[place].temperature == heat]
         turn = InTurn([self._designs[place] for place in own])
         out = together([logits_A[place] for place in own], labels_T, teacher_TV, turn.alpha, heat)
-        valid_T = torch.ones_like(labels_T, dtype=torch.bool)
-        for number, place in enumerate(own):
-            tally = Tally(top_k=1)
-            tally.add(out.stats_ST[:, number * TOKENS_A_STEP : (number + 1) * TOKENS_A_STEP], valid_T, [])
-            stats = tally.step_stats(step)
-            self._designs[place].update(stats)
-            self._alphas[place].append(stats.alpha)
+        for place, stats_ST in zip(own, out.stats_ST.split(TOKENS_A_STEP, dim=1), strict=True):
+            self._alphas[place].append(teach(self._designs[place], stats_ST, step))
         return out.loss
 
     def _probe(self, step: int) -> None:
@@ -225,12 +170,6 @@ def together(
     )
 
 
-def fifths(values: list[float]) -> list[float]:
-    """Means over each fifth of a run."""
-    size = len(values) // 5
-    return [statistics.mean(values[part * size : (part + 1) * size]) for part in range(5)]
-
-
 def run_all(seeds: int) -> dict[str, Any]:
     """Every cell with every seed, what is missing of it; saved after each."""
     runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
@@ -243,20 +182,9 @@ def run_all(seeds: int) -> dict[str, Any]:
                 began = time.monotonic()
                 found = Lesson(teacher, data, seed, missing).run()
                 runs[name] = found | {"arms": done["arms"] | found["arms"]}
-                save({"runs": runs})
+                save(RESULTS, {"runs": runs})
                 print(f"{name}: {len(missing)} students in {time.monotonic() - began:.0f} s", flush=True)
     return runs
-
-
-def save(results: dict[str, Any]) -> None:
-    """One line for each run."""
-    parts = {
-        name: ",\n".join(f"{json.dumps(key)}: {json.dumps(part)}" for key, part in parts.items())
-        for name, parts in results.items()
-    }
-    write_atomic(
-        RESULTS, "{" + ",\n".join(f"{json.dumps(name)}: {{\n{text}\n}}" for name, text in parts.items()) + "}\n"
-    )
 
 
 def main() -> None:
@@ -266,9 +194,10 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = run_all(arguments.seeds)
     cells = compare(runs)
-    save({"runs": runs, "cells": cells})
+    save(RESULTS, {"runs": runs, "cells": cells})
     print("Thousandths of a nat of KL to the truth, differences; below 0 is better.")
-    print(differences_table(cells), intervals_table(cells, arguments.show), goals_table(cells), sep="\n\n")
+    tables = (differences_table, temperatures_table, goals_table)
+    print(*(table(cells) for table in tables), intervals_table(cells, arguments.show), sep="\n\n")
 
 
 if __name__ == "__main__":
