@@ -3,6 +3,7 @@
 check_method("gptq", "int4")                # ConfigError, one line
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from herd.run.errors import ConfigError
@@ -30,6 +31,19 @@ GRID_SCHEMES = ("int4", "int4-asym", "int8-weights")
 def reads_rows(method: str, scheme: str) -> bool:
     """Whether quantising needs calibration rows."""
     return METHODS[method].calibrated or scheme == "fp8-static"
+
+
+def check_mixed(method: str, schemes: Sequence[str]) -> None:
+    """The same for several schemes at once: the method works on those with an integer grid, the others are rounded."""
+    if len(set(schemes)) == 1:
+        check_method(method, schemes[0])
+        return
+    gridded = [scheme for scheme in schemes if scheme in GRID_SCHEMES]
+    check_method(method, gridded[0] if gridded else schemes[0])
+    if method == "awq":
+        raise ConfigError("method = awq: folds scales across layers of one scheme; use gptq for a mixed allocation")
+    if METHODS[method].calibrated and "nvfp4" in schemes:
+        raise ConfigError(f"method = {method}: nvfp4 needs ranges over merged layers here; use another choice, or rtn")
 
 
 def check_method(method: str, scheme: str) -> None:
