@@ -94,10 +94,10 @@ def quantize(
 ) -> QuantizedModel:
     """Quantise a transformers causal LM, in memory or from a Hugging Face folder; the original is left untouched.
 
-    scheme, group_size and container as in `quant.readers`; or, in their place, allocation: group of layers (or glob over
-    groups) -> `int4-g64`, `fp8`, ..., `bf16`, as in `quant.allocations`. ignore holds globs (or `re:` expressions) over
-    layer names; method as in `quant.methods.names`, with a calibration where it needs one; fp8-static takes its input
-    ranges from the calibration too, or from input_absmax (`quant.ranges`).
+    scheme, group_size and container as in `quant.readers`; or, in their place, allocation: group of layers (or glob
+    over groups) -> `int4-g64`, `fp8`, ..., `bf16`, as in `quant.allocations`. ignore holds globs (or `re:` expressions)
+    over layer names; method as in `quant.methods.names`, with a calibration where it needs one; fp8-static takes its
+    input ranges from the calibration too, or from input_absmax (`quant.ranges`).
     ConfigError for a scheme that does not fit a layer, DataError for a quantised or broken source, NumericalError for
     NaN or Inf, each naming the tensor.
     """

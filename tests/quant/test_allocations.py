@@ -111,7 +111,7 @@ def test_one_folder_holds_several_schemes_and_every_loader_computes_the_same(exp
     kinds = {type(module).__name__ for module in served.model.layers[1].modules()}
     assert {"Int8", "Int4", "Plain"} <= kinds
     for model in (served, load_reference(folder)):
-        # Kernels sum in another order, and a tie of two experts is decided by bf16's last bit: that position alone moves.
+        # Kernels sum in another order, and bf16's last bit decides a tie of two experts: that position alone moves.
         assert divergence(reference_BTV, logits(model, tokens_BT)).median() < 1e-4
     plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -144,7 +144,7 @@ def test_the_gate_refuses_a_folder_whose_groups_split_an_expert_bank(exported, t
     folder = shutil.copytree(source, tmp_path / "split")
     content = json.loads((folder / "config.json").read_text())
     groups = content["quantization_config"]["config_groups"]
-    (pattern,) = [target for target in groups["group_0"]["targets"]]
+    (pattern,) = groups["group_0"]["targets"]
     groups["group_0"]["targets"] = [pattern.replace(r"\d+", "[012]")]
     groups["group_1"]["targets"] += [pattern.replace(r"\d+", "3")]
     (folder / "config.json").write_text(json.dumps(content))
