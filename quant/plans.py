@@ -45,12 +45,13 @@ OVERHEAD = {"weight_shape", "weight.quant_map", "weight.nested_quant_map", "weig
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that is quantised: where its weight is in the source, and its [N, K]."""
+    """A linear layer: where its weight is in the source, its [N, K], and how it is stored."""
 
     name: str
     source: str
     shape: tuple[int, int]
-    scheme: Scheme
+    scheme: Scheme | None
+    """None: in bf16."""
     expert: int | None = None
 
 
@@ -63,6 +64,8 @@ class Plan:
     """Tensors copied, floating ones as bf16."""
     ignored: dict[str, str]
     """Linear layers left alone, with the reason."""
+    sliced: dict[str, Layer]
+    """Kept tensors that are slices of fused experts in the source."""
     bytes_before: int
     order: tuple[str, ...] = field(repr=False)
     """Names of layers and kept tensors, in the order of the model."""
@@ -131,6 +134,8 @@ class Plan:
 
     def read_kept(self, source: Source, name: str) -> Tensor:
         """A copied tensor, floating ones as finite bf16."""
+        if name in self.sliced:
+            return self.read_layer(source, self.sliced[name]).to(torch.bfloat16)
         tensor = finite(source.read(name), name, source.place)
         return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
@@ -164,8 +169,11 @@ def make_plan(source: Source, scheme: Scheme | Mapping[str, str], *, ignore: Seq
         layer.scheme.check(layer.name, layer.shape)
     _check_readable(allocation, skeleton)
     kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
-    before = sum(header_bytes(source.headers[name]) for name in {layer.source for layer in layers} | set(kept))
-    return Plan(allocation, source.config, layers, kept, ignored, before, order)
+    left = (_layer(name, linears[name], source, None) for name in ignored)
+    sliced = {f"{layer.name}.weight": layer for layer in left if layer.expert is not None}
+    read = {layer.source for layer in (*layers, *sliced.values())} | (kept.keys() - sliced.keys())
+    before = sum(header_bytes(source.headers[name]) for name in read)
+    return Plan(allocation, source.config, layers, kept, ignored, sliced, before, order)
 
 
 def _check_readable(allocation: Allocation, skeleton: PreTrainedModel) -> None:
@@ -239,7 +247,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _layer(name: str, shape: tuple[int, int], source: Source, scheme: Scheme) -> Layer:
+def _layer(name: str, shape: tuple[int, int], source: Source, scheme: Scheme | None) -> Layer:
     bank = EXPERT_BANK.match(name)
     if f"{name}.weight" in source.headers or not bank:
         return Layer(name, f"{name}.weight", shape, scheme)

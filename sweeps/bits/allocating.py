@@ -44,9 +44,10 @@ def run(options: argparse.Namespace) -> str:
         loss_GC = table.loss_GC()
         planned = solutions.best(problem, loss_GC, budgets)
         uniform = [problem.uniform(label) for label in problem.labels]
-        search.enqueue([*uniform, planned, *solutions.ladder(problem, loss_GC)])
+        total, active = (solutions.ladder(problem, loss_GC, cost_GC) for cost_GC in solutions.costs(problem))
+        search.enqueue([*uniform, planned, *total, *active])
         search.run(meter, trials=options.trials, check_stop=check_stop)
-        outcome = _outcome(options, problem, budgets, loss_GC, search.points(), planned, meter)
+        outcome = _outcome(options, problem, budgets, loss_GC, search.points(), planned, total, meter)
         judge = Meter(problem, held_out, micro_rows=options.micro_rows, model=meter.model)
         entries = compare(
             problem, judge, group_rows(held_out.documents_N), outcome.allocations, against=outcome.against
@@ -117,6 +118,7 @@ def _outcome(
     loss_GC: Any,
     points: list[Point],
     planned: dict[str, str],
+    ladder: list[dict[str, str]],
     meter: Meter,
 ) -> Outcome:
     """The best within the budgets, of those measured; the best uniform one among them is what it is compared with."""
@@ -129,4 +131,4 @@ def _outcome(
     fitting = [name for name, allocation in allocations.items() if budgets.hold(problem, allocation)]
     against = min(fitting, key=lambda name: kl[tuple(allocations[name].values())], default=PLANNED)
     chosen = {PLANNED: planned, SEARCHED: best}
-    return Outcome(options.model, problem, budgets, loss_GC, points, chosen | allocations, kl, against)
+    return Outcome(options.model, problem, budgets, loss_GC, points, chosen | allocations, kl, against, ladder)

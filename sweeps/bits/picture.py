@@ -60,7 +60,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_locator(_ticks())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(title=panel.title, xlabel="bits a weight", ylabel="KL, nats a token")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def _ticks() -> object:

@@ -38,6 +38,8 @@ class Outcome:
     """Choices of all groups -> nats a token, on the rows of the search."""
     against: str
     """The best uniform one within the budgets."""
+    ladder: list[dict[str, str]]
+    """The dynamic programme's allocations along its fronts, by rising size."""
 
     def searched_kl(self, name: str) -> float:
         """KL of a named allocation on the rows of the search."""
@@ -57,6 +59,9 @@ def write(out: Path, outcome: Outcome, entries: list[Entry]) -> str:
         f"Budget: {outcome.budgets.describe()}. Sizes in bits per weight of the groups; KL on held-out rows.",
         f"On the rows of the search: dp foretold {foretold:.5f}, measured {outcome.searched_kl(PLANNED):.5f}; "
         f"search {outcome.searched_kl(SEARCHED):.5f}, the best within the budget of {len(outcome.points)} allocations.",
+        "",
+        _ladder(outcome),
+        "",
         f"Export one: python -m quant --model {outcome.model} --allocation {out / SEARCHED}.json --out DIR",
     ])  # fmt: skip
     write_atomic(out / "bits.md", f"{text}\n\n![KL against size](pareto.png)\n")
@@ -83,6 +88,26 @@ def track(options: argparse.Namespace, outcome: Outcome, entries: list[Entry], r
     for file in (f"{PLANNED}.json", f"{SEARCHED}.json", "bits.json", "bits.md", "pareto.png", "sensitivities.json"):
         tracker.artifact(options.out / file, folder="bits")
     tracker.finish()
+
+
+def _ladder(outcome: Outcome) -> str:
+    """How far the sums of the dynamic programme are from what was measured, as a Markdown table."""
+    problem, measured = outcome.problem, front(outcome.points, lambda point: point.bytes)
+    lines = [
+        "| dp's front, bits | foretold | measured | best measured of that size | dp / best |",
+        "|---|---|---|---|---|",
+    ]
+    for allocation in outcome.ladder:
+        kl = outcome.kl.get(tuple(allocation.values()))
+        if not kl:  # not among the trials, or bf16 everywhere
+            continue
+        size = problem.bytes_of(allocation)
+        least = min(point.kl for point in measured if point.bytes <= size)
+        foretold = predicted(problem, outcome.loss_GC, allocation)
+        lines.append(
+            f"| {problem.bits_of(allocation):.3f} | {foretold:.5f} | {kl:.5f} | {least:.5f} | {kl / least:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def _content(outcome: Outcome, entries: list[Entry]) -> dict[str, Any]:

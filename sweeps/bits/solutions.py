@@ -1,7 +1,7 @@
 """What the dynamic programme makes of the sensitivities: for the budgets asked for, and along both fronts.
 
 budgets = Budgets.of(problem, "4.5", None)
-solution = best(problem, loss_GC, budgets);  starts = ladder(problem, loss_GC)        # allocations
+planned = best(problem, loss_GC, budgets);  rungs = ladder(problem, loss_GC, costs(problem)[0])      # allocations
 """
 
 import difflib
@@ -84,15 +84,13 @@ def best(problem: Problem, loss_GC: NDArray[np.float64], budgets: Budgets) -> di
     return _allocation(problem, solution)
 
 
-def ladder(problem: Problem, loss_GC: NDArray[np.float64]) -> list[dict[str, str]]:
-    """Allocations along the fronts of both sizes, evenly spread, by rising size."""
+def ladder(problem: Problem, loss_GC: NDArray[np.float64], cost_GC: NDArray[np.int64]) -> list[dict[str, str]]:
+    """Allocations along the front of a size, evenly spread, by rising size."""
+    along = knapsack.front(loss_GC, cost_GC)
     found = []
-    for cost_GC in costs(problem):
-        along = knapsack.front(loss_GC, cost_GC)
-        low, high = along[0].costs[0], along[-1].costs[0]
-        for budget in np.geomspace(low, high, RUNGS):
-            within = [solution for solution in along if solution.costs[0] <= budget + 0.5]
-            found.append(_allocation(problem, within[-1]))
+    for budget in np.geomspace(along[0].costs[0], along[-1].costs[0], RUNGS):
+        within = [solution for solution in along if solution.costs[0] <= budget + 0.5]
+        found.append(_allocation(problem, within[-1]))
     return list({tuple(allocation.items()): allocation for allocation in found}.values())
 
 

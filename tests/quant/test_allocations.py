@@ -49,6 +49,7 @@ MIXED = {
     "*.layers.1.*.experts": "int8",
     "*.layers.2.*.experts": "int4-g64",
     "*.layers.1.feed_forward.shared_expert.down_proj": "bf16",
+    "*.layers.3.*.experts": "bf16",
 }
 
 
