@@ -1,10 +1,10 @@
 """`python -m sweeps bits`: what is measured is what exports compute and weigh; runs go on; mistakes are one line."""
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,9 +47,12 @@ def words(model: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(model: Path) -> dict:
-    """bits.json of a whole command."""
+    """bits.json of a whole command, tracked."""
     out = model.parent / "out"
-    assert main(words(model, out, "--bits", "6", "--active-bits", "9", "--trials", "20")) == 0
+    tracked = [word for word in words(model, out) if word != "--no-tracking"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{model.parent / 'mlflow.db'}")
+        assert main([*tracked, "--bits", "6", "--active-bits", "9", "--trials", "20"]) == 0
     return json.loads((out / "bits.json").read_text()) | {"out": out}
 
 
@@ -93,6 +96,16 @@ def test_the_dynamic_programme_and_uniform_schemes_are_among_the_trials_and_none
     assert (done["out"] / "pareto.png").stat().st_size > 10_000
 
 
+def test_the_search_is_an_mlflow_run_with_its_numbers_and_files(model, done):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{model.parent / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("herd").experiment_id])
+    (entry,) = (entry for entry in done["held_out"] if entry["name"] == "search")
+    assert run.data.metrics["search/kl"] == entry["kl"] and run.data.params["bits"] == "6"
+    assert {"bits/dp.json", "bits/pareto.png"} <= {file.path for file in client.list_artifacts(run.info.run_id, "bits")}
+
+
 def test_the_same_command_measures_only_what_is_missing(model, done):
     path = done["out"] / "sensitivities.json"
     whole = json.loads(path.read_text())
@@ -108,15 +121,20 @@ def test_the_same_command_measures_only_what_is_missing(model, done):
     assert trials == done["trials"]
 
 
-def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path):
-    program = [sys.executable, "-m", "sweeps", *words(model, tmp_path / "out", "--trials", "100000")]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        while not (tmp_path / "out" / "sensitivities.json").exists() and process.poll() is None:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        complaint = process.communicate(timeout=120)[1]
-    assert process.returncode == 75
-    assert complaint.strip().splitlines()[-1] == "stopped; what was measured is kept, and the same command goes on"
+def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path, capsys):
+    first = tmp_path / "out" / "sensitivities.json"
+
+    def terminate() -> None:
+        while not first.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    waiting = threading.Thread(target=terminate, daemon=True)
+    waiting.start()
+    assert main(words(model, tmp_path / "out", "--bits", "6", "--trials", "100000")) == 75
+    waiting.join()
+    assert capsys.readouterr().err.strip() == "stopped; what was measured is kept, and the same command goes on"
+    assert json.loads(first.read_text())["kl"] and not (tmp_path / "out" / "bits.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,12 +157,12 @@ def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, capsys, more, fa
 
 
 def test_another_search_in_the_same_folder_is_refused(model, done, capsys):
-    assert main(words(model, done["out"], "--rows", "3")) == 2
+    assert main(words(model, done["out"], "--bits", "6", "--rows", "3")) == 2
     assert "holds a search with rows = " in capsys.readouterr().err
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(model, tmp_path, capsys):
-    assert main(words(model, tmp_path / "out", "--dry-run")) == 0
+    assert main(words(model, tmp_path / "out", "--bits", "6", "--dry-run")) == 0
     shown = capsys.readouterr().out
     assert "5 groups" in shown and "10 of one group alone, then 64 allocations (nsga2)" in shown
     assert not (tmp_path / "out").exists()
