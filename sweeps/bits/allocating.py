@@ -73,13 +73,15 @@ def describe(options: argparse.Namespace) -> str:
         every = problem.uniform(label)
         whole = problem.fixed_bytes + problem.bytes_of(every)
         lines.append(f"{label:18s}{problem.bits_of(every):8.3f}{problem.active_bits_of(every):8.3f}  {size(whole)}")
+    tokens = options.data.sequence_length * (options.rows + options.check_rows)
+    logits = 2 * tokens * problem.vocabulary
     alone = sum(label != BF16 for label in problem.labels) * len(problem.groups)
     lines += [
         "",
         f"budget    {budgets.describe()}",
         f"passes    {alone} of one group alone, then {options.trials} allocations ({options.sampler}), "
         f"over {options.rows} rows of {options.data.sequence_length} tokens",
-        f"memory    the model in bf16 ({size(problem.fixed_bytes + 2 * problem.weights)}) and the logits of the rows",
+        f"memory    {size(problem.fixed_bytes + 2 * problem.weights)} for the model in bf16, {size(logits)} for logits",
     ]
     return "\n".join(lines)
 
@@ -125,7 +127,8 @@ def _outcome(
     kl = {tuple(point.allocation.values()): point.kl for point in points}
     allocations = {f"uniform {label}": problem.uniform(label) for label in problem.labels if label != BF16}
     for allocation in (planned, *allocations.values()):  # few trials may have left them out
-        kl.setdefault(tuple(allocation.values()), meter.measure(allocation).mean)
+        if tuple(allocation.values()) not in kl:
+            kl[tuple(allocation.values())] = meter.measure(allocation).mean
     held = [point.allocation for point in points if budgets.hold(problem, point.allocation)]
     best = min([planned, *held], key=lambda allocation: kl[tuple(allocation.values())])
     fitting = [name for name, allocation in allocations.items() if budgets.hold(problem, allocation)]

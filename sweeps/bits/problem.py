@@ -50,6 +50,7 @@ class Problem:
     labels: tuple[str, ...]
     fixed_bytes: int
     """Of what is never quantised: embeddings, norms, the head, ..."""
+    vocabulary: int
     source: Source = field(repr=False)
     plans: dict[str, Plan] = field(repr=False)
     """Label -> the plan that gives it to every group; none for bf16."""
@@ -104,7 +105,7 @@ def make_problem(folder: str | Path, labels: Sequence[str]) -> Problem:
         weights = sum(prod(shapes[layer]) for layer in layers)
         groups.append(Group(name, tuple(layers), weights, sizes, experts, reading))
     fixed = sum(header_bytes(header) for header in plain.kept.values())
-    return Problem(tuple(groups), tuple(schemes), fixed, source, plans)
+    return Problem(tuple(groups), tuple(schemes), fixed, text.vocab_size, source, plans)
 
 
 def _layer_bytes(scheme: Scheme | None, shape: tuple[int, int]) -> int:

@@ -5,6 +5,7 @@ text = write(out, outcome, entries);  track(options, outcome, entries, rows, hel
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,26 +143,41 @@ def _content(outcome: Outcome, entries: list[Entry]) -> dict[str, Any]:
 
 
 def _panels(outcome: Outcome) -> list[picture.Panel]:
-    problem, panels = outcome.problem, []
-    sizes = (
-        ("All weights", lambda point: point.bytes, problem.weights, outcome.budgets.bits),
-        ("Weights that a token reads", lambda point: point.active, problem.active_weights, outcome.budgets.active_bits),
+    problem, budgets = outcome.problem, outcome.budgets
+    total_GC, active_GC = costs(problem)
+    return [
+        _panel(outcome, "All weights", problem.bits_of, problem.weights, total_GC, budgets.bits),
+        _panel(
+            outcome,
+            "Weights that a token reads",
+            problem.active_bits_of,
+            problem.active_weights,
+            active_GC,
+            budgets.active_bits,
+        ),
+    ]
+
+
+def _panel(
+    outcome: Outcome,
+    title: str,
+    bits: Callable[[dict[str, str]], float],
+    weights: int,
+    cost_GC: NDArray[np.int64],
+    budget: float | None,
+) -> picture.Panel:
+    problem = outcome.problem
+    uniform = {label: problem.uniform(label) for label in problem.labels}
+    best = front(outcome.points, lambda point: bits(point.allocation))
+    return picture.Panel(
+        title,
+        [(bits(point.allocation), point.kl) for point in outcome.points],
+        [(bits(point.allocation), point.kl) for point in best],
+        {
+            label: (bits(allocation), outcome.kl[tuple(allocation.values())])
+            for label, allocation in uniform.items()
+            if tuple(allocation.values()) in outcome.kl
+        },
+        [(8 * found.costs[0] / weights, found.loss) for found in knapsack.front(outcome.loss_GC, cost_GC)],
+        budget,
     )
-    for (title, size, weights, budget), cost_GC in zip(sizes, costs(problem), strict=True):
-        uniform = {label: problem.uniform(label) for label in problem.labels}
-        bits = problem.bits_of if title == sizes[0][0] else problem.active_bits_of
-        panels.append(
-            picture.Panel(
-                title,
-                [(8 * size(point) / weights, point.kl) for point in outcome.points],
-                [(8 * size(point) / weights, point.kl) for point in front(outcome.points, size)],
-                {
-                    label: (bits(allocation), kl)
-                    for label, allocation in uniform.items()
-                    if (kl := outcome.kl.get(tuple(allocation.values()))) is not None
-                },
-                [(8 * found.costs[0] / weights, found.loss) for found in knapsack.front(outcome.loss_GC, cost_GC)],
-                budget,
-            )
-        )
-    return panels
