@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quant
 from herd.run.errors import ConfigError
-from quant.__main__ import main
+from quant.__main__ import check, export_lineage, main, parse
 from quant.allocations import allocate, group_layers
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.settings import Calibration
@@ -183,9 +183,14 @@ def test_mistakes_in_an_allocation_are_one_line_and_exit_code_2(folders, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_exports_an_allocation_and_remembers_it(folders, tmp_path: Path, capsys):
+def test_the_command_line_plans_an_allocation_and_the_export_remembers_it(folders, tmp_path: Path, capsys):
     (tmp_path / "bits.json").write_text(json.dumps(MIXED))
     words = ["--model", str(folders["scout"]), "--allocation", str(tmp_path / "bits.json")]
-    assert main([*words, "--out", str(tmp_path / "out"), "--no-tracking", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["scheme"] == "mixed"
-    assert "--allocation" in json.loads((tmp_path / "out" / "lineage.json").read_text())["command"]
+    words += ["--out", str(tmp_path / "out"), "--no-tracking", "--dry-run", "--json"]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["scheme"] == "mixed"
+    assert plan["kept"]["model.layers.3.feed_forward.experts.2.up_proj"] == "the allocation says so"
+    options = parse(words)
+    check(options)
+    assert f"--allocation {tmp_path / 'bits.json'} --out" in export_lineage(options, {})["command"]
