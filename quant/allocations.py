@@ -20,7 +20,9 @@ from quant.schemes import Scheme
 LINEAR = "Linear"
 BF16 = "bf16"
 MIXED = "mixed"
-UNCALIBRATED = "fp8-static"  # its input ranges come from rows, which an allocation does not name
+# Input ranges of fp8-static come from rows, which an allocation does not name. transformers loads int4-asym only if it
+# unpacks while loading, and formats that round activations only if it does not.
+ALONE = ("fp8-static", "int4-asym")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def labelled(label: str) -> Scheme | None:
 
 
 def _mixable() -> list[Scheme]:
-    names = [name for name, kind in SCHEMES.items() if COMPRESSED in kind.containers and name != UNCALIBRATED]
+    names = [name for name, kind in SCHEMES.items() if COMPRESSED in kind.containers and name not in ALONE]
     return [
         Scheme.named(name, size, COMPRESSED)
         for name in names

@@ -33,8 +33,16 @@ def reads_rows(method: str, scheme: str) -> bool:
     return METHODS[method].calibrated or scheme == "fp8-static"
 
 
+def check_method(method: str, scheme: str) -> None:
+    """Raise ConfigError for an unknown method, or one that needs an integer grid where the scheme has none."""
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is unknown; use one of {', '.join(METHODS)}")
+    if method != "rtn" and scheme not in GRID_SCHEMES:
+        raise ConfigError(f"method = {method}: works on {', '.join(GRID_SCHEMES)}; use method rtn for {scheme}")
+
+
 def check_mixed(method: str, schemes: Sequence[str]) -> None:
-    """The same for several schemes at once: the method works on those with an integer grid, the others are rounded."""
+    """`check_method` for an allocation: the method chooses codes on integer grids, other schemes round to nearest."""
     if len(set(schemes)) == 1:
         check_method(method, schemes[0])
         return
@@ -44,11 +52,3 @@ def check_mixed(method: str, schemes: Sequence[str]) -> None:
         raise ConfigError("method = awq: folds scales across layers of one scheme; use gptq for a mixed allocation")
     if METHODS[method].calibrated and "nvfp4" in schemes:
         raise ConfigError(f"method = {method}: nvfp4 needs ranges over merged layers here; use another choice, or rtn")
-
-
-def check_method(method: str, scheme: str) -> None:
-    """Raise ConfigError for an unknown method, or one that needs an integer grid where the scheme has none."""
-    if method not in METHODS:
-        raise ConfigError(f"method = {method!r} is unknown; use one of {', '.join(METHODS)}")
-    if method != "rtn" and scheme not in GRID_SCHEMES:
-        raise ConfigError(f"method = {method}: works on {', '.join(GRID_SCHEMES)}; use method rtn for {scheme}")

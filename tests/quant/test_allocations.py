@@ -76,6 +76,7 @@ def test_whatever_is_chosen_layers_that_servers_merge_have_one_scheme(data):
         ({"*.mlp.*": "fp8"}, "nothing is said about 'model.layers.0.self_attn.q_proj+k_proj+v_proj'"),
         ({"*": "bf16"}, "every group stays in bf16"),
         ({"*": "fp8-static"}, "'fp8-static' is no choice"),
+        ({"*": "int4-asym-g32", "*.mlp.*": "fp8"}, "'int4-asym-g32' is no choice"),
     ],
 )
 def test_choices_that_cannot_be_are_refused_with_the_nearest(choices, fault):
