@@ -12,7 +12,7 @@ from typing import Any
 from evals.heldout import rows_from
 from evals.intervals import group_rows
 from evals.rows import Rows
-from herd.run.errors import Interrupted
+from herd.run.errors import ConfigError, Interrupted
 from herd.run.files import size
 from quant.allocations import BF16
 from quant.exports import family
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> str:
     rows = rows_from(options.data, options.model, rows=options.rows, part="calibration")
     held_out = rows_from(options.data, options.model, rows=options.check_rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    table = Sensitivities.open(options.out / "sensitivities.json", problem, identity(problem, rows))
+    table = Sensitivities.open(options.out, problem, identity(problem, rows), around=options.around)
     search = Search.open(
         f"sqlite:///{options.out / 'study.db'}", problem, Sampler(kind=options.sampler, seed=options.seed)
     )
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> str:
         total, active = (solutions.ladder(problem, loss_GC, cost_GC) for cost_GC in solutions.costs(problem))
         search.enqueue([*uniform, planned, *total, *active])
         search.run(meter, trials=options.trials, check_stop=check_stop)
-        outcome = _outcome(options, problem, budgets, loss_GC, search.points(), planned, total, meter)
+        outcome = _outcome(options, budgets, table, search.points(), planned, total, meter)
         judge = Meter(problem, held_out, micro_rows=options.micro_rows, model=meter.model)
         entries = compare(
             problem, judge, group_rows(held_out.documents_N), outcome.allocations, against=outcome.against
@@ -75,7 +75,7 @@ def describe(options: argparse.Namespace) -> str:
         lines.append(f"{label:18s}{problem.bits_of(every):8.3f}{problem.active_bits_of(every):8.3f}  {size(whole)}")
     tokens = options.data.sequence_length * (options.rows + options.check_rows)
     logits = 2 * tokens * problem.vocabulary
-    alone = sum(label != BF16 for label in problem.labels) * len(problem.groups)
+    alone = sum(label != options.around for label in problem.labels) * len(problem.groups)
     lines += [
         "",
         f"budget    {budgets.describe()}",
@@ -110,20 +110,22 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 def _problem(options: argparse.Namespace) -> tuple[Problem, Budgets]:
     problem = make_problem(options.model, options.choices)
+    if options.around not in (*problem.labels, BF16):
+        raise ConfigError(f"--around {options.around}: use {BF16} or one of --choices: {', '.join(problem.labels)}")
     return problem, Budgets.of(problem, options.bits, options.active_bits)
 
 
 def _outcome(
     options: argparse.Namespace,
-    problem: Problem,
     budgets: Budgets,
-    loss_GC: Any,
+    table: Sensitivities,
     points: list[Point],
     planned: dict[str, str],
     ladder: list[dict[str, str]],
     meter: Meter,
 ) -> Outcome:
     """The best within the budgets, of those measured; the best uniform one among them is what it is compared with."""
+    problem = table.problem
     kl = {tuple(point.allocation.values()): point.kl for point in points}
     allocations = {f"uniform {label}": problem.uniform(label) for label in problem.labels if label != BF16}
     for allocation in (planned, *allocations.values()):  # few trials may have left them out
@@ -134,4 +136,4 @@ def _outcome(
     fitting = [name for name, allocation in allocations.items() if budgets.hold(problem, allocation)]
     against = min(fitting, key=lambda name: kl[tuple(allocations[name].values())], default=PLANNED)
     chosen = {PLANNED: planned, SEARCHED: best}
-    return Outcome(options.model, problem, budgets, loss_GC, points, chosen | allocations, kl, against, ladder)
+    return Outcome(options.model, problem, budgets, table, points, chosen | allocations, kl, against, ladder)

@@ -47,6 +47,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         "choices: as many as it takes everywhere",
     )  # fmt: skip
     add("--active-bits", metavar="X", help="the same over what a token reads: one expert of each bank")
+    add(
+        "--around",
+        default="bf16",
+        metavar="LABEL",
+        help="choice of the other groups while one is measured alone (bf16)",
+    )
     add("--trials", type=int, default=64, metavar="N", help="whole allocations that are measured (64)")
     add("--sampler", default="nsga2", choices=("nsga2", "tpe", "random"), help="Optuna's (nsga2)")
     add("--rows", type=int, default=16, metavar="N", help="rows of the calibration part to search on (16)")

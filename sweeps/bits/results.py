@@ -20,7 +20,8 @@ from sweeps.bits import knapsack, picture
 from sweeps.bits.comparison import Entry, table
 from sweeps.bits.problem import Problem
 from sweeps.bits.search import Point, front
-from sweeps.bits.solutions import Budgets, costs, predicted
+from sweeps.bits.sensitivities import Sensitivities
+from sweeps.bits.solutions import Budgets, costs
 
 PLANNED, SEARCHED = "dp", "search"
 
@@ -30,8 +31,7 @@ class Outcome:
     model: Path
     problem: Problem
     budgets: Budgets
-    loss_GC: NDArray[np.float64]
-    """Sensitivities."""
+    table: Sensitivities
     points: list[Point]
     allocations: dict[str, dict[str, str]]
     """The dynamic programme's, the best measured within the budgets, and the uniform ones, by name."""
@@ -53,7 +53,7 @@ def write(out: Path, outcome: Outcome, entries: list[Entry]) -> str:
         write_atomic(out / f"{name}.json", json.dumps(outcome.allocations[name], indent=1) + "\n")
     write_atomic(out / "bits.json", json.dumps(_content(outcome, entries), indent=1) + "\n")
     picture.write(out / "pareto.png", _panels(outcome))
-    foretold = predicted(outcome.problem, outcome.loss_GC, outcome.allocations[PLANNED])
+    foretold = outcome.table.foretell(outcome.allocations[PLANNED])
     text = "\n".join([
         table(entries, outcome.against),
         "",
@@ -104,7 +104,7 @@ def _ladder(outcome: Outcome) -> str:
             continue
         size = problem.bytes_of(allocation)
         least = min(point.kl for point in measured if point.bytes <= size)
-        foretold = predicted(problem, outcome.loss_GC, allocation)
+        foretold = outcome.table.foretell(allocation)
         lines.append(
             f"| {problem.bits_of(allocation):.3f} | {foretold:.5f} | {kl:.5f} | {least:.5f} | {kl / least:.2f} |"
         )
@@ -117,6 +117,7 @@ def _content(outcome: Outcome, entries: list[Entry]) -> dict[str, Any]:
         "model": str(outcome.model),
         "budgets": asdict(outcome.budgets),
         "choices": list(problem.labels),
+        "around": {outcome.table.around: outcome.table.base},
         "fixed_bytes": problem.fixed_bytes,
         "groups": [
             {
@@ -124,14 +125,14 @@ def _content(outcome: Outcome, entries: list[Entry]) -> dict[str, Any]:
                 "weights": group.weights,
                 "active_weights": group.active_weights,
                 "bytes": {label: group.bytes[label] for label in problem.labels},
-                "kl": dict(zip(problem.labels, outcome.loss_GC[at].tolist(), strict=True)),
+                "kl": outcome.table.kl[group.name],
             }
-            for at, group in enumerate(problem.groups)
+            for group in problem.groups
         ],
         "allocations": {
             name: {
                 "choices": allocation,
-                "foretold_kl": predicted(problem, outcome.loss_GC, allocation),
+                "foretold_kl": outcome.table.foretell(allocation),
                 "search_kl": outcome.searched_kl(name),
             }
             for name, allocation in outcome.allocations.items()
@@ -178,6 +179,9 @@ def _panel(
             for label, allocation in uniform.items()
             if tuple(allocation.values()) in outcome.kl
         },
-        [(8 * found.costs[0] / weights, found.loss) for found in knapsack.front(outcome.loss_GC, cost_GC)],
+        [
+            (8 * found.costs[0] / weights, outcome.table.base + found.loss)
+            for found in knapsack.front(outcome.table.loss_GC(), cost_GC)
+        ],
         budget,
     )

@@ -94,13 +94,6 @@ def ladder(problem: Problem, loss_GC: NDArray[np.float64], cost_GC: NDArray[np.i
     return list({tuple(allocation.items()): allocation for allocation in found}.values())
 
 
-def predicted(problem: Problem, loss_GC: NDArray[np.float64], allocation: dict[str, str]) -> float:
-    """The sum of the sensitivities of an allocation."""
-    return sum(
-        float(loss_GC[at, problem.labels.index(allocation[group.name])]) for at, group in enumerate(problem.groups)
-    )
-
-
 def costs(problem: Problem) -> NDArray[np.int64]:
     """Bytes [2, groups, choices]: stored, and read for a token."""
     whole = [[group.bytes[label] for label in problem.labels] for group in problem.groups]

@@ -20,6 +20,7 @@ from quant.shards import write_shards
 from sweeps.__main__ import main
 from sweeps.bits.mixed_model import MixedModel
 from sweeps.bits.problem import make_problem
+from sweeps.bits.sensitivities import Sensitivities
 from tests.quant.tiny_models import build_llama4
 
 CHOICES = ["int4-g32", "int8", "bf16"]
@@ -110,13 +111,14 @@ def test_the_same_command_measures_only_what_is_missing(model, done):
     path = done["out"] / "sensitivities.json"
     whole = json.loads(path.read_text())
     group = done["groups"][1]["name"]
-    part = whole | {"kl": whole["kl"] | {group: {"bf16": 0.0}}}
-    part["kl"][done["groups"][0]["name"]]["int8"] = 0.25  # would be mended if it were measured again
+    part = json.loads(path.read_text())
+    part["around"]["bf16"]["kl"][group] = {}
+    part["around"]["bf16"]["kl"][done["groups"][0]["name"]]["int8"] = 0.25  # would be mended if it were measured again
     path.write_text(json.dumps(part))
     assert main(words(model, done["out"], "--bits", "int4-g32", "--trials", "20")) == 0
-    again = json.loads(path.read_text())
-    assert again["kl"][group] == whole["kl"][group]
-    assert again["kl"][done["groups"][0]["name"]]["int8"] == 0.25
+    again = json.loads(path.read_text())["around"]["bf16"]["kl"]
+    assert again[group] == whole["around"]["bf16"]["kl"][group]
+    assert again[done["groups"][0]["name"]]["int8"] == 0.25
     trials = json.loads((done["out"] / "bits.json").read_text())["trials"]
     assert trials == done["trials"]
 
@@ -134,7 +136,7 @@ def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path, 
     assert main(words(model, tmp_path / "out", "--bits", "6", "--trials", "100000")) == 75
     waiting.join()
     assert capsys.readouterr().err.strip() == "stopped; what was measured is kept, and the same command goes on"
-    assert json.loads(first.read_text())["kl"] and not (tmp_path / "out" / "bits.json").exists()
+    assert json.loads(first.read_text())["around"] and not (tmp_path / "out" / "bits.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path, 
         (["--choices", "int8"], "give two different ones at least"),
         (["--choices", "int4-g128", "int8"], "do not divide by group_size 128"),
         (["--trials", "0"], "--trials 0: must be 1 or more"),
+        (["--around", "int4"], "--around int4: use bf16 or one of --choices"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, capsys, more, fault):
@@ -154,6 +157,19 @@ def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, capsys, more, fa
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and fault in line
     assert not (tmp_path / "out").exists()
+
+
+def test_sensitivities_around_a_choice_foretell_exactly_what_differs_from_it_in_one_group(model, done):
+    problem = make_problem(model, CHOICES)
+    content = json.loads((done["out"] / "sensitivities.json").read_text())
+    assert main(words(model, done["out"], "--bits", "6", "--trials", "20", "--around", "int8")) == 0
+    table = Sensitivities.open(done["out"], problem, content["identity"], around="int8")
+    assert table.missing() == []
+    one = problem.uniform("int8") | {problem.groups[1].name: "bf16"}
+    assert table.foretell(problem.uniform("int8")) == table.base > 0
+    assert table.foretell(one) == pytest.approx(table.kl[problem.groups[1].name]["bf16"], rel=1e-12)
+    again = json.loads((done["out"] / "sensitivities.json").read_text())
+    assert again["around"]["bf16"] == content["around"]["bf16"]
 
 
 def test_another_search_in_the_same_folder_is_refused(model, done, capsys):
