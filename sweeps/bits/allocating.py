@@ -79,8 +79,8 @@ def describe(options: argparse.Namespace) -> str:
     lines += [
         "",
         f"budget    {budgets.describe()}",
-        f"passes    {alone} of one group alone, then {options.trials} allocations ({options.sampler}), "
-        f"over {options.rows} rows of {options.data.sequence_length} tokens",
+        f"passes    {alone} of one group alone (others {options.around}), then {options.trials} allocations "
+        f"({options.sampler}), over {options.rows} rows of {options.data.sequence_length} tokens",
         f"memory    {size(problem.fixed_bytes + 2 * problem.weights)} for the model in bf16, {size(logits)} for logits",
     ]
     return "\n".join(lines)
@@ -110,9 +110,12 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 def _problem(options: argparse.Namespace) -> tuple[Problem, Budgets]:
     problem = make_problem(options.model, options.choices)
+    budgets = Budgets.of(problem, options.bits, options.active_bits)
+    if options.around is None:
+        options.around = budgets.dearest(problem)
     if options.around not in (*problem.labels, BF16):
         raise ConfigError(f"--around {options.around}: use {BF16} or one of --choices: {', '.join(problem.labels)}")
-    return problem, Budgets.of(problem, options.bits, options.active_bits)
+    return problem, budgets
 
 
 def _outcome(

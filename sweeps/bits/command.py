@@ -48,11 +48,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add("--active-bits", metavar="X", help="the same over what a token reads: one expert of each bank")
     add(
-        "--around",
-        default="bf16",
-        metavar="LABEL",
-        help="choice of the other groups while one is measured alone (bf16)",
-    )
+        "--around", metavar="LABEL",
+        help="choice of the others while a group is measured alone (the dearest that is within the budgets everywhere)",
+    )  # fmt: skip
     add("--trials", type=int, default=64, metavar="N", help="whole allocations that are measured (64)")
     add("--sampler", default="nsga2", choices=("nsga2", "tpe", "random"), help="Optuna's (nsga2)")
     add("--rows", type=int, default=16, metavar="N", help="rows of the calibration part to search on (16)")

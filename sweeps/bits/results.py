@@ -71,7 +71,7 @@ def write(out: Path, outcome: Outcome, entries: list[Entry]) -> str:
 
 def track(options: argparse.Namespace, outcome: Outcome, entries: list[Entry], rows: Rows, held_out: Rows) -> None:
     """One MLflow run with the settings, the numbers of the two allocations, and the files."""
-    names = ("model", "choices", "bits", "active_bits", "trials", "sampler", "seed", "rows", "check_rows")
+    names = ("model", "choices", "bits", "active_bits", "trials", "sampler", "seed", "rows", "check_rows", "around")
     tracker = open_tracker(
         options.out,
         experiment=options.experiment,

@@ -53,6 +53,12 @@ class Budgets:
         pairs = ((self.bits, problem.weights), (self.active_bits, problem.active_weights))
         return [whole if bits is None else int(bits * weights / 8 + 1e-6) for bits, weights in pairs]
 
+    def dearest(self, problem: Problem) -> str:
+        """The choice that takes most of those that are within the budgets everywhere, else the cheapest."""
+        fitting = [label for label in problem.labels if self.hold(problem, problem.uniform(label))]
+        size = {label: problem.bytes_of(problem.uniform(label)) for label in problem.labels}
+        return max(fitting, key=size.__getitem__) if fitting else min(size, key=size.__getitem__)
+
     def hold(self, problem: Problem, allocation: dict[str, str]) -> bool:
         """Whether an allocation is within both."""
         total, active = self.bytes_in(problem)

@@ -53,7 +53,7 @@ def done(model: Path) -> dict:
     tracked = [word for word in words(model, out) if word != "--no-tracking"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{model.parent / 'mlflow.db'}")
-        assert main([*tracked, "--bits", "6", "--active-bits", "9", "--trials", "20"]) == 0
+        assert main([*tracked, "--bits", "6", "--active-bits", "9", "--trials", "20", "--around", "bf16"]) == 0
     return json.loads((out / "bits.json").read_text()) | {"out": out}
 
 
@@ -115,7 +115,7 @@ def test_the_same_command_measures_only_what_is_missing(model, done):
     part["around"]["bf16"]["kl"][group] = {}
     part["around"]["bf16"]["kl"][done["groups"][0]["name"]]["int8"] = 0.25  # would be mended if it were measured again
     path.write_text(json.dumps(part))
-    assert main(words(model, done["out"], "--bits", "int4-g32", "--trials", "20")) == 0
+    assert main(words(model, done["out"], "--bits", "int4-g32", "--trials", "20", "--around", "bf16")) == 0
     again = json.loads(path.read_text())["around"]["bf16"]["kl"]
     assert again[group] == whole["around"]["bf16"]["kl"][group]
     assert again[done["groups"][0]["name"]]["int8"] == 0.25
@@ -180,5 +180,5 @@ def test_another_search_in_the_same_folder_is_refused(model, done, capsys):
 def test_a_dry_run_reads_no_weights_and_writes_nothing(model, tmp_path, capsys):
     assert main(words(model, tmp_path / "out", "--bits", "6", "--dry-run")) == 0
     shown = capsys.readouterr().out
-    assert "5 groups" in shown and "10 of one group alone, then 64 allocations (nsga2)" in shown
+    assert "5 groups" in shown and "10 of one group alone (others int4-g32), then 64 allocations (nsga2)" in shown
     assert not (tmp_path / "out").exists()
