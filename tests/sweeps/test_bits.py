@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import quant
 from evals.footprint import measure_disk
+from herd.run.tracking import flush
 from quant.loading import route_experts
 from quant.shards import write_shards
 from sweeps.__main__ import main
@@ -100,6 +101,7 @@ def test_the_dynamic_programme_and_uniform_schemes_are_among_the_trials_and_none
 def test_the_search_is_an_mlflow_run_with_its_numbers_and_files(model, done):
     from mlflow import MlflowClient
 
+    flush(done["out"])  # a busy machine may need longer than the command waits
     client = MlflowClient(f"sqlite:///{model.parent / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("herd").experiment_id])
     (entry,) = (entry for entry in done["held_out"] if entry["name"] == "search")
