@@ -105,10 +105,10 @@ class RoundedTensors(Mapping[str, Tensor]):
         layer, suffix = self._plan.parts[name]
         if self._last[0] != layer.name:
             weight_NK = self._plan.read_layer(self._source, layer)
-            grid = self._plan.scheme.grid
+            grid = layer.scheme.grid
             absmax_NG = weight_NK.float().unflatten(-1, (grid.groups(weight_NK.shape[-1]), -1)).abs().amax(-1)
             parameters = Parameters(grid.storable(absmax_NG / 7.5))
-            self._last = (layer.name, self._plan.scheme.store(grid.encode(weight_NK, parameters), parameters))
+            self._last = (layer.name, layer.scheme.store(grid.encode(weight_NK, parameters), parameters))
         return self._last[1][suffix]
 
     def __iter__(self) -> Iterator[str]:
@@ -125,7 +125,7 @@ def quantise(source: Path, folder: Path, *, group_size: int, container: str = CO
     with open_source(source) as opened:
         plan = make_plan(opened, Scheme.named("int4", group_size, container))
         folder.mkdir()
-        content = plan.config.to_dict() | {"quantization_config": section(plan.scheme, list(plan.ignored))}
+        content = plan.config.to_dict() | {"quantization_config": section(plan.allocation, list(plan.ignored))}
         (folder / "config.json").write_text(json.dumps(content))
         tensors = RoundedTensors(plan, opened)
         if container == COMPRESSED:

@@ -73,7 +73,7 @@ def measure(folder: Path, rows_NT: Tensor) -> list[dict]:
             kl_NT = (reference_NTV.exp() * (reference_NTV - found_NTV)).sum(-1)
             results.append(
                 {
-                    "scheme": made.plan.scheme.label,
+                    "scheme": made.plan.allocation.label,
                     "bits": made.plan.bits_per_quantised_weight,
                     "kl": kl_NT.mean().item(),
                     "kl_error": statistics.stdev(kl_NT.mean(-1).tolist()) / len(kl_NT) ** 0.5,

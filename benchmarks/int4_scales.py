@@ -103,7 +103,7 @@ def quantise(plan: Plan, source: ModelSource, recipe: Callable[[Tensor], Tensor]
     for layer in plan.layers:
         weight_NK = plan.read_layer(source, layer).float()
         parameters = Parameters(recipe(weight_NK.view(-1, group_size)).view(layer.shape[0], -1))
-        stored = plan.scheme.store(Grid(4, True, group_size).encode(weight_NK, parameters), parameters)
+        stored = layer.scheme.store(Grid(4, True, group_size).encode(weight_NK, parameters), parameters)
         tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in stored.items()}
     return route_experts(fake_quantised(plan, tensors))
 

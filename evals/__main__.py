@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.data import data_of
 from herd.run import cli
 from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
@@ -96,29 +97,7 @@ def _check(arguments: argparse.Namespace) -> Data:
             raise ConfigError(f"--{option} {folder}: no such folder; give the folder of a saved model")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: {arguments.out.parent} is no folder; make it first")
-    return _data(arguments)
-
-
-def _data(arguments: argparse.Namespace) -> Data:
-    """The held-out part of what the model was trained on (its lineage says), unless the command line says otherwise."""
-    settings = _trained_on(arguments.model)
-    if arguments.data in settings.sources:
-        settings = settings.alone(arguments.data)
-    elif arguments.data is not None and (settings.sources or arguments.data != settings.source):
-        settings = Data(source=arguments.data, sequence_length=settings.sequence_length)
-    if arguments.sequence_length is not None:
-        settings = settings.model_copy(update={"sequence_length": arguments.sequence_length})
-    return settings
-
-
-def _trained_on(folder: Path) -> Data:
-    """The data section of the run that made the model, or that made what it was exported from; else the defaults."""
-    from herd.run.lineage import read_lineage
-
-    lineage = read_lineage(folder)
-    if lineage.get("data_config"):
-        return Data.model_validate(lineage["data_config"])
-    return _trained_on(Path(lineage["source"])) if lineage.get("source") else Data()
+    return data_of(arguments.model, source=arguments.data, sequence_length=arguments.sequence_length)
 
 
 def _run(arguments: argparse.Namespace, data: Data) -> "Result":

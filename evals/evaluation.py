@@ -107,15 +107,15 @@ def read_scheme(folder: str | Path) -> str | None:
     """`int4`, `fp8`, `nf4`, ... of a quantised folder, from its config.json; None for a plain one.
 
     By the names of `quant.readers.SCHEMES` for exports of this package (with the container, where it is not the usual
-    one: `int4-gguf`), else by what the format's own fields say.
+    one: `int4-gguf`), `mixed` for several at once, else by what the format's own fields say.
     """
     settings = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config")
     if settings is None:
         return None
-    scheme, _, _ = read_section(settings)
-    if scheme is not None:
-        usual = scheme.container == SCHEMES[scheme.name].containers[0]
-        return scheme.name if usual else f"{scheme.name}-{scheme.container}"
+    allocation, _, _ = read_section(settings)
+    if allocation is not None:
+        usual = allocation.container == SCHEMES[allocation.schemes[0].name].containers[0]
+        return allocation.name if usual else f"{allocation.name}-{allocation.container}"
     if settings["quant_method"] != "compressed-tensors":
         return settings.get("bnb_4bit_quant_type", settings["quant_method"])
     weights = next(iter(settings["config_groups"].values()))["weights"]

@@ -10,6 +10,7 @@ import torch
 
 from evals.rows import Rows
 from herd.data.corpora import CACHE, AnyCorpus, open_corpus
+from herd.data.splits import Part
 from herd.data.streams import fixed_batches, packed_for_fixed
 from herd.data.tokenizer import load_tokenizer
 from herd.run.schema import Data
@@ -20,18 +21,20 @@ def rows_from(
     model_folder: str | Path,
     *,
     rows: int,
+    part: Part = "heldout",
     corpus: AnyCorpus | None = None,
     cache: Path = CACHE,
 ) -> Rows:
     """The rows that training's held-out losses are measured on, or their beginning if `rows` is fewer.
 
-    `corpus` saves opening it again. Raises DataError when the held-out part has too little text for one row.
+    `part`: rows of another part in their place. `corpus` saves opening it again. Raises DataError when the part has too
+    little text for one row.
     """
     tokenizer = load_tokenizer(model_folder)
     corpus = open_corpus(data, cache=cache) if corpus is None else corpus
-    batches = fixed_batches(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
+    batches = fixed_batches(data, tokenizer, part, rows=rows, corpus=corpus, cache=cache)
     # The same packed rows again (they are cached), to look up which document a row's key stands for.
-    packed = packed_for_fixed(data, tokenizer, "heldout", rows=rows, corpus=corpus, cache=cache)
+    packed = packed_for_fixed(data, tokenizer, part, rows=rows, corpus=corpus, cache=cache)
     document_of: dict[tuple[int, int], int] = {}
     first = 0
     for number, own in enumerate(packed.values()):

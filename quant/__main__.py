@@ -19,8 +19,8 @@ from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.descriptions import describe, describe_work, foretell, summary
-from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options
-from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
+from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options, read_choices
+from quant.readers import COMPRESSED, CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
 from quant.target import check_target
 
@@ -56,13 +56,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         examples=(
             "python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4",
             "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.mlp.*' --dry-run",
+            "python -m quant --model DIR --allocation bits.json --out DIR3    (from python -m sweeps bits)",
             "python -m quant generate --model exports/scout-int4 --prompt TEXT    (runs an export; see its --help)",
         ),
         config=False,
     )
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="DIR", help="unquantised model folder (safetensors)")
-    add("--scheme", required=True, choices=tuple(SCHEMES), metavar="NAME", help="number format, one of the above")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--scheme", choices=tuple(SCHEMES), metavar="NAME", help="number format, one of the above")
+    which.add_argument(
+        "--allocation", type=Path, metavar="FILE",
+        help='several formats: JSON of groups of layers, such as {"*": "fp8", "*.experts": "int4-g64", "G": "bf16"}',
+    )  # fmt: skip
     add("--container", choices=CONTAINERS, help="what its tensors go into; each scheme has a usual one")
     add("--reader", choices=READERS, help="refuse a scheme that this program cannot read")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
@@ -89,6 +95,10 @@ def check(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a saved model")
     check_target(options.out)
+    options.choices = None
+    if options.allocation is not None:
+        check_allocation(options)
+        return
     if not SCHEMES[options.scheme].grouped and options.group_size is not None:
         raise ConfigError(f"--group-size {options.group_size}: {options.scheme} has no choice of groups; leave it out")
     check_method_options(options)
@@ -98,6 +108,16 @@ def check(options: argparse.Namespace) -> None:
     check_scheme(options.scheme, options.group_size, options.container)
     if options.reader is not None:
         check_reader(options.scheme, options.container, options.reader, moe=False)
+
+
+def check_allocation(options: argparse.Namespace) -> None:
+    """The same for an allocation, whose labels say group sizes and which goes into one container."""
+    for flag, value in (("--group-size", options.group_size), ("--container", options.container)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value}: an allocation says it itself; leave it out")
+    options.choices = read_choices(options.allocation)
+    options.container = COMPRESSED
+    check_method_options(options)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -117,14 +137,16 @@ def run(options: argparse.Namespace) -> None:
     quantized = quantize(
         options.model,
         scheme=options.scheme,
-        group_size=options.group_size,
+        allocation=options.choices,
+        group_size=options.group_size or GROUP_SIZE,
         container=options.container,
         ignore=tuple(options.ignore),
         method=options.method,
         calibration=calibration,
     )
     if options.reader is not None:
-        check_reader(options.scheme, options.container, options.reader, moe=quantized.plan.has_experts)
+        for scheme in quantized.plan.allocation.schemes:
+            check_reader(scheme.name, options.container, options.reader, moe=quantized.plan.has_experts)
     result = summary(quantized.plan) | foretell(options, quantized.plan, calibration)
     if options.dry_run:
         print(json.dumps(result, indent=1) if options.json else f"{describe(quantized.plan)}\n{describe_work(result)}")
@@ -144,9 +166,7 @@ def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[
     """Lineage of the export: the source's teacher, data and tokenizer, with the source as its student."""
     inherited = ("teacher", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
     facts = {key: source[key] for key in inherited if source.get(key) is not None}
-    words = ["--model", str(options.model), "--scheme", options.scheme, "--out", str(options.out)]
-    words += ["--group-size", str(options.group_size)] if SCHEMES[options.scheme].grouped else []
-    words += ["--container", options.container] if options.container != SCHEMES[options.scheme].containers[0] else []
+    words = ["--model", str(options.model), *_scheme_words(options), "--out", str(options.out)]
     words += ["--method", options.method] if options.method != "rtn" else []
     for name in CALIBRATED:
         if getattr(options, name) is not None:
@@ -157,6 +177,15 @@ def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[
     return facts | {"student": student, "base_model": student, "source": str(options.model), "command": command}
 
 
+def _scheme_words(options: argparse.Namespace) -> list[str]:
+    if options.allocation is not None:
+        return ["--allocation", str(options.allocation)]
+    kind = SCHEMES[options.scheme]
+    words = ["--scheme", options.scheme]
+    words += ["--group-size", str(options.group_size)] if kind.grouped else []
+    return words + (["--container", options.container] if options.container != kind.containers[0] else [])
+
+
 def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], calibration: "Calibration | None") -> None:
     """One MLflow run with the settings, the sizes, the gate's report and the model."""
     from herd.run.tracking import open_tracker
@@ -164,16 +193,20 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], cal
     name = options.out.resolve().name
     settings = {
         "model": str(options.model),
-        "scheme": options.scheme,
+        "scheme": options.scheme or plan.allocation.label,
         "container": options.container,
         "method": options.method,
         "ignore": list(options.ignore),
     }
+    if options.allocation is not None:
+        settings["allocation"] = options.choices
+    elif SCHEMES[options.scheme].grouped:
+        settings["group_size"] = options.group_size
     tracker = open_tracker(
         options.out,
         experiment=options.experiment,
         run_name=name,
-        config=settings | ({"group_size": options.group_size} if SCHEMES[options.scheme].grouped else {}),
+        config=settings,
         tags={"herd.role": "export"},
         enabled=not options.no_tracking,
     )
@@ -188,7 +221,7 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], cal
         tracker.artifact(options.out / "calibration.json")
         seen = json.loads((options.out / "calibration.json").read_text())["summary"]
         tracker.metrics({f"calibration/{key}": float(value) for key, value in seen.items()}, 0)
-    tracker.model(name, options.out, role="export", alias=plan.scheme.name, metrics=metrics)
+    tracker.model(name, options.out, role="export", alias=plan.allocation.name, metrics=metrics)
     tracker.finish()
 
 

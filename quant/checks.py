@@ -1,6 +1,6 @@
 """The single checks of the export gate; `quant.gate` runs them in order.
 
-check = check_tensors(config, scheme, ignored, headers, facts)
+check = check_tensors(config, allocation, ignored, headers, facts)
 check.passed, check.detail
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.run.files import sha256
+from quant.allocations import Allocation, group_layers
 from quant.architectures import (
     VLLM_NAMES,
     architecture,
@@ -32,7 +33,6 @@ from quant.plans import QUANTISED
 from quant.probes import Probe, digest_weights, take_probe
 from quant.readers import readers
 from quant.reports import Check
-from quant.schemes import Scheme
 from quant.sections import read_section
 from quant.shards import tensor_bytes
 from quant.tensor_files import TensorFiles
@@ -40,38 +40,44 @@ from quant.tensor_files import TensorFiles
 SAMPLE_TOKENS = 16
 
 
-def check_configuration(config: PretrainedConfig) -> tuple[Check, Scheme | None, list[str]]:
-    """The quantization_config is exactly what a known scheme writes. Also returns that scheme and the ignore list."""
-    scheme, ignored, fault = read_section(config.to_dict().get("quantization_config") or {})
-    if scheme is None:
+def check_configuration(config: PretrainedConfig) -> tuple[Check, Allocation | None, list[str]]:
+    """The quantization_config is exactly what known schemes write. Also returns which, and the ignore list."""
+    allocation, ignored, fault = read_section(config.to_dict().get("quantization_config") or {})
+    if allocation is None:
         return Check("configuration", False, fault), None, []
-    return Check("configuration", True, f"{scheme.label}, {len(ignored)} layers ignored"), scheme, ignored
+    return Check("configuration", True, f"{allocation.label}, {len(ignored)} layers ignored"), allocation, ignored
 
 
 def check_tensors(
     config: PretrainedConfig,
-    scheme: Scheme,
+    allocation: Allocation,
     ignored: list[str],
     headers: dict[str, Header],
     facts: dict[str, Any],
 ) -> Check:
-    """The tensors are exactly those that the architecture, the scheme and the ignore list call for."""
+    """The tensors are exactly those that the architecture, the schemes and the ignore list call for."""
     skeleton = build_skeleton(config)
     linears = {name: tuple(m.weight.shape) for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     faults = [f"ignore lists {name}, which is no linear layer of the model" for name in ignored if name not in linears]
     quantised = {name: shape for name, shape in linears.items() if name not in set(ignored)}
+    schemes = {name: allocation.of(name) for name in quantised}
+    faults += [f"{name} belongs to no group of config.json" for name, scheme in schemes.items() if scheme is None]
+    if faults:
+        return Check("tensors", False, _few(faults))
     expected: dict[str, Header] = {}
     for name, tensor in skeleton.state_dict().items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in quantised:
-            expected |= {f"{module}.{suffix}": h for suffix, h in scheme.stored(quantised[module]).items()}
+            expected |= {f"{module}.{suffix}": h for suffix, h in schemes[module].stored(quantised[module]).items()}
         elif name not in tied_names(skeleton):
             expected[name] = (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
     faults += _compare_headers(expected, headers, set(quantised), set(ignored))
     weights = sum(map(prod, quantised.values()))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     facts |= {"quantised_layers": len(quantised), "quantised_weights": weights, "quantised_share": weights / total}
-    facts["readers"] = readers(scheme.name, scheme.container, moe=has_experts(skeleton))
+    moe = has_experts(skeleton)
+    reading = [readers(scheme.name, scheme.container, moe=moe) for scheme in allocation.schemes]
+    facts["readers"] = [name for name in reading[0] if all(name in others for others in reading)]
     if faults:
         return Check("tensors", False, _few(faults))
     share = f"{len(quantised)} layers, {weights / total:.1%} of all weights, quantised"
@@ -100,10 +106,16 @@ def _compare_headers(
     return faults
 
 
-def check_merged(config: PretrainedConfig, ignored: list[str], headers: dict[str, Header]) -> Check:
+def check_merged(
+    config: PretrainedConfig, allocation: Allocation, ignored: list[str], headers: dict[str, Header]
+) -> Check:
     """Layers a server merges are of one scheme, and those that must stay unquantised do."""
     stored = {owner(name) for name in headers if name.endswith(QUANTISED)}
     faults = split_groups(stored, set(ignored))
+    for group, names in group_layers(sorted(stored)).items():
+        labels = sorted({scheme.label for name in names if (scheme := allocation.of(name)) is not None})
+        if len(labels) > 1:
+            faults.append(f"{group}: {labels[0]} and {labels[1]}, which servers cannot merge")
     faults += [
         f"{name} is quantised, but {reason}" for name in sorted(stored) if (reason := kept_because(name, config))
     ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def summary(plan: "Plan") -> dict[str, Any]:
     """The plan in numbers and names."""
     return {
-        "scheme": plan.scheme.label,
+        "scheme": plan.allocation.label,
         "quantised": [layer.name for layer in plan.layers],
         "kept": plan.ignored,
         "quantised_weights": plan.quantised_weights,
@@ -35,14 +35,18 @@ def describe(plan: "Plan") -> str:
     from quant.exports import family
     from quant.sections import format_name
 
-    quantised: dict[tuple[int, int], list[str]] = {}
+    schemes = plan.allocation.schemes
+    quantised: dict[tuple[tuple[int, int], str], list[str]] = {}
     for layer in plan.layers:
-        quantised.setdefault(layer.shape, []).append(layer.name)
+        quantised.setdefault((layer.shape, layer.scheme.label), []).append(layer.name)
     kept: dict[str, list[str]] = {}
     for name, reason in plan.ignored.items():
         kept.setdefault(reason, []).append(name)
-    lines = [f"{plan.scheme.label} ({format_name(plan.scheme)})", "", "quantised"]
-    lines += [f"  {len(names):5d} x {shape[0]} x {shape[1]}  {family(names)}" for shape, names in quantised.items()]
+    lines = [", ".join(f"{scheme.label} ({format_name(scheme)})" for scheme in schemes), "", "quantised"]
+    lines += [
+        f"  {len(names):5d} x {shape[0]} x {shape[1]}  {f'{label}  ' if len(schemes) > 1 else ''}{family(names)}"
+        for (shape, label), names in quantised.items()
+    ]
     lines += ["kept in bf16 (with norms and embeddings)"]
     lines += [f"  {len(names):5d}  {family(names)}: {reason}" for reason, names in kept.items()]
     share = plan.quantised_weights / plan.all_weights

@@ -90,7 +90,7 @@ def _write(
     plan = quantized.plan
     _write_tokenizer(quantized, folder, tokenizer)
     _write_configs(quantized, folder)
-    if plan.scheme.container == GGUF:
+    if plan.allocation.container == GGUF:
         digests, written = _write_gguf(quantized, folder, name), quantized
     else:
         digests = write_shards(folder, plan.headers(), quantized.tensors, shard_bytes=shard_bytes)
@@ -102,7 +102,7 @@ def _write(
         raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
     origin = quantized.folder.resolve().name if quantized.folder else architecture(plan.config)
-    facts = {"role": "export", "name": name, "scheme": plan.scheme.label, "base_model": origin} | dict(lineage)
+    facts = {"role": "export", "name": name, "scheme": plan.allocation.label, "base_model": origin} | dict(lineage)
     facts["method"] = quantized.method
     if quantized.coverage is not None:
         coverage = quantized.coverage()
@@ -136,7 +136,7 @@ def _write_configs(quantized: QuantizedModel, folder: Path) -> None:
     plan = quantized.plan
     content = _public(plan.config.to_dict()) | {
         "dtype": "bfloat16",
-        "quantization_config": section(plan.scheme, list(plan.ignored)),
+        "quantization_config": section(plan.allocation, list(plan.ignored)),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     generation = _public(quantized.generation)
@@ -159,7 +159,8 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
         reasons.setdefault(reason, []).append(layer)
     kept = "\n".join(f"- `{family(layers)}`: {reason}." for reason, layers in reasons.items())
     chosen = _CHOSEN.get(facts.get("method", "rtn"), _NEAREST)
-    limits = _LIMITS[plan.scheme.name].replace(_NEAREST, chosen)
+    limits = "\n\n".join(dict.fromkeys(_LIMITS[scheme.name] for scheme in plan.allocation.schemes))
+    limits = limits.replace(_NEAREST, chosen)
     limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}"
     sizes = {
         "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
@@ -203,9 +204,12 @@ _LIMITS = {
 
 def unreadable(plan: Plan) -> str:
     """A sentence for every well-known reader that cannot take this export."""
-    scheme, moe = plan.scheme, plan.has_experts
-    reasons = {reader: limit(scheme.name, scheme.container, reader, moe=moe) for reader in ("transformers", "vllm")}
-    return "".join(f"\n\nNot for {reader}: {reason}." for reader, reason in reasons.items() if reason)
+    reasons = [
+        (reader, limit(scheme.name, scheme.container, reader, moe=plan.has_experts))
+        for reader in ("transformers", "vllm")
+        for scheme in plan.allocation.schemes
+    ]
+    return "".join(f"\n\nNot for {reader}: {reason}." for reader, reason in dict.fromkeys(reasons) if reason)
 
 
 def family(layers: list[str]) -> str:

@@ -45,19 +45,19 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iter
     if probe is None:
         yield from checks.check_files(folder)
     config = read_config(folder)
-    configuration, scheme, ignored = checks.check_configuration(config)
+    configuration, allocation, ignored = checks.check_configuration(config)
     yield configuration
-    if scheme is None:
+    if allocation is None:
         return
-    if scheme.container == GGUF:
+    if allocation.container == GGUF:
         from quant.gguf.checks import layout_checks
 
-        layout = list(layout_checks(folder, config, scheme, probe and probe.stored, facts))
+        layout = list(layout_checks(folder, config, allocation.schemes[0], probe and probe.stored, facts))
     else:
         headers = checks.stored_headers(folder)
         layout = [
-            checks.check_tensors(config, scheme, ignored, headers, facts),
-            checks.check_merged(config, ignored, headers),
+            checks.check_tensors(config, allocation, ignored, headers, facts),
+            checks.check_merged(config, allocation, ignored, headers),
             checks.check_names(config, headers),
         ]
         if probe is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
@@ -96,10 +97,11 @@ def _unpack(model: PreTrainedModel, section: dict[str, Any]) -> None:
                 round_inputs(module, fake_quantise_groups)
 
 
-def round_inputs(module: nn.Module, rounding: Callable[[Tensor], Tensor] | None) -> None:
-    """Apply a rounding to what enters a module, in place; None leaves it as it is."""
-    if rounding is not None:
-        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
+def round_inputs(module: nn.Module, rounding: Callable[[Tensor], Tensor] | None) -> RemovableHandle | None:
+    """Apply a rounding to what enters a module, in place, until the handle is removed; None leaves it as it is."""
+    if rounding is None:
+        return None
+    return module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
 
 
 def keep_tokens_apart(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ calibration = calibration_of(options)              # None for methods without
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,10 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def check_method_options(options: argparse.Namespace) -> None:
     """Raise ConfigError for what does not go together; names the option."""
-    check_method(options.method, options.scheme)
+    if options.scheme is not None:
+        check_method(options.method, options.scheme)
     given = [name for name in CALIBRATED if getattr(options, name) is not None]
-    if given and not reads_rows(options.method, options.scheme):
+    if given and not _reads_rows(options):
         flag = "--" + given[0].replace("_", "-")
         calibrated = " or ".join(name for name, kind in METHODS.items() if kind.calibrated)
         raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
@@ -51,6 +53,19 @@ def check_method_options(options: argparse.Namespace) -> None:
         if name != "calibration" and not (value >= least if name != "memory" else value > 0):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value}: give {'zero or more' if least == 0 else 'more than zero'}")
+
+
+def read_choices(path: Path) -> dict[str, str]:
+    """The mapping of an allocation's JSON file; ConfigError when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--allocation {path}: no such file; give a JSON file of groups and schemes") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--allocation {path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(label, str) for label in content.values()):
+        raise ConfigError(f'--allocation {path}: must map groups to schemes, such as {{"*.experts": "int4-g64"}}')
+    return content
 
 
 def settings_of(options: argparse.Namespace) -> Calibrate:
@@ -73,12 +88,17 @@ def data_of(options: argparse.Namespace) -> Data:
 
     known = read_lineage(options.model).get("data_config")
     if known is None and options.calibration is None:
-        wanting = f"--scheme {options.scheme} --method {options.method}"
+        wanting = (f"--scheme {options.scheme} " if options.scheme else "") + f"--method {options.method}"
         raise ConfigError(
             f"{wanting}: {options.model} does not say what it was trained on; give --calibration SOURCE, e.g. stdlib"
         )
     data = Data.model_validate(known) if known else Data()
     return data if options.row_tokens is None else data.model_copy(update={"sequence_length": options.row_tokens})
+
+
+def _reads_rows(options: argparse.Namespace) -> bool:
+    """Whether quantising needs rows; the schemes of an allocation take none by themselves."""
+    return METHODS[options.method].calibrated if options.scheme is None else reads_rows(options.method, options.scheme)
 
 
 def memory_bytes(options: argparse.Namespace) -> int:
@@ -88,7 +108,7 @@ def memory_bytes(options: argparse.Namespace) -> int:
 
 def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | None":
     """The rows, for a method that needs them."""
-    if not reads_rows(options.method, options.scheme):
+    if not _reads_rows(options):
         return None
     from quant.calibration.draw import draw
 

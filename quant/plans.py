@@ -1,13 +1,13 @@
 """What a compression will write: each layer that is quantised, each tensor that is kept, and why.
 
-plan = make_plan(source, Scheme.named("int4"), ignore=["*.mlp.down_proj"])
+plan = make_plan(source, Scheme.named("int4"), ignore=["*.mlp.down_proj"])     # or {"*.experts": "int4-g64", ...}
 plan.headers()                     # name -> (dtype, shape) of every tensor of the export, in writing order
 plan.parts["...up_proj.weight_scale"]     # (layer, "weight_scale")
 plan.read_layer(source, layer)     # the finite [N, K] weight of one layer
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.run.errors import ConfigError, DataError, NumericalError
+from quant.allocations import Allocation, allocate
 from quant.architectures import (
     EXPERT_BANK,
     SUPPORTED,
@@ -35,6 +36,7 @@ from quant.schemes import Scheme
 from quant.sources import Source
 
 USER = "asked for with --ignore"
+ALLOCATED = "the allocation says so"
 # What only a quantised layer has.
 QUANTISED = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax")
 # Stored with every layer, whatever its size: neither codes nor scales.
@@ -43,23 +45,27 @@ OVERHEAD = {"weight_shape", "weight.quant_map", "weight.nested_quant_map", "weig
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that is quantised: where its weight is in the source, and its [N, K]."""
+    """A linear layer: where its weight is in the source, its [N, K], and how it is stored."""
 
     name: str
     source: str
     shape: tuple[int, int]
+    scheme: Scheme | None
+    """None: in bf16."""
     expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    scheme: Scheme
+    allocation: Allocation
     config: PretrainedConfig
     layers: tuple[Layer, ...]
     kept: dict[str, Header]
     """Tensors copied, floating ones as bf16."""
     ignored: dict[str, str]
     """Linear layers left alone, with the reason."""
+    sliced: dict[str, Layer]
+    """Kept tensors that are slices of fused experts in the source."""
     bytes_before: int
     order: tuple[str, ...] = field(repr=False)
     """Names of layers and kept tensors, in the order of the model."""
@@ -70,7 +76,7 @@ class Plan:
         headers: dict[str, Header] = {}
         for name in self.order:
             if name in layers:
-                stored = self.scheme.stored(layers[name].shape)
+                stored = layers[name].scheme.stored(layers[name].shape)
                 headers |= {f"{name}.{suffix}": header for suffix, header in stored.items()}
             else:
                 headers[name] = self.kept[name]
@@ -82,7 +88,7 @@ class Plan:
         return {
             f"{layer.name}.{suffix}": (layer, suffix)
             for layer in self.layers
-            for suffix in self.scheme.stored(layer.shape)
+            for suffix in layer.scheme.stored(layer.shape)
         }
 
     @property
@@ -106,7 +112,7 @@ class Plan:
     @property
     def bits_per_quantised_weight(self) -> float:
         """Codes and scales (not the few bytes that repeat shapes and tables) per weight that is quantised."""
-        stored = [self.scheme.stored(layer.shape) for layer in self.layers]
+        stored = [layer.scheme.stored(layer.shape) for layer in self.layers]
         counted = [header for part in stored for suffix, header in part.items() if suffix not in OVERHEAD]
         return 8 * sum(map(header_bytes, counted)) / self.quantised_weights
 
@@ -128,39 +134,56 @@ class Plan:
 
     def read_kept(self, source: Source, name: str) -> Tensor:
         """A copied tensor, floating ones as finite bf16."""
+        if name in self.sliced:
+            return self.read_layer(source, self.sliced[name]).to(torch.bfloat16)
         tensor = finite(source.read(name), name, source.place)
         return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
-def make_plan(source: Source, scheme: Scheme, *, ignore: Sequence[str] = ()) -> Plan:
-    """Decide every layer of the source. Patterns are globs over layer names, or regular expressions after `re:`."""
+def make_plan(source: Source, scheme: Scheme | Mapping[str, str], *, ignore: Sequence[str] = ()) -> Plan:
+    """Decide every layer of the source. Patterns are globs over layer names, or regular expressions after `re:`.
+
+    scheme: one for all, or the choices of `quant.allocations.allocate`.
+    """
     fused = build_skeleton(source.config, fused=True)
     check_layout(fused)
     _check_tensors(source, fused)
     skeleton = build_skeleton(source.config)
     linears = {name: tuple(m.weight.shape) for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
     ignored = _ignored(linears, source.config, ignore)
-    layers = tuple(_layer(name, shape, source) for name, shape in linears.items() if name not in ignored)
+    if isinstance(scheme, Scheme):
+        allocation = Allocation.uniform(scheme)
+    else:
+        allocation, kept_by_choice = allocate(scheme, [name for name in linears if name not in ignored])
+        ignored |= dict.fromkeys(kept_by_choice, ALLOCATED)
+        ignored = {name: ignored[name] for name in linears if name in ignored}
+    layers = tuple(
+        _layer(name, shape, source, allocation.of(name)) for name, shape in linears.items() if name not in ignored
+    )
     if not layers:
         raise ConfigError(f"{source.place}: no layer is left to quantise; drop an --ignore pattern")
     split = split_groups({layer.name for layer in layers}, set(ignored))
     if split:
         raise ConfigError(f"ignore = {list(ignore)} splits layers that servers merge ({split[0]}); ignore all of them")
     for layer in layers:
-        scheme.check(layer.name, layer.shape)
-    _check_readable(scheme, skeleton)
+        layer.scheme.check(layer.name, layer.shape)
+    _check_readable(allocation, skeleton)
     kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
-    before = sum(header_bytes(source.headers[name]) for name in {layer.source for layer in layers} | set(kept))
-    return Plan(scheme, source.config, layers, kept, ignored, before, order)
+    left = (_layer(name, linears[name], source, None) for name in ignored)
+    sliced = {f"{layer.name}.weight": layer for layer in left if layer.expert is not None}
+    read = {layer.source for layer in (*layers, *sliced.values())} | (kept.keys() - sliced.keys())
+    before = sum(header_bytes(source.headers[name]) for name in read)
+    return Plan(allocation, source.config, layers, kept, ignored, sliced, before, order)
 
 
-def _check_readable(scheme: Scheme, skeleton: PreTrainedModel) -> None:
+def _check_readable(allocation: Allocation, skeleton: PreTrainedModel) -> None:
     """Raise ConfigError when the program that is to read the export cannot take this model."""
-    if scheme.container == GGUF:
+    if allocation.container == GGUF:
         from quant.gguf.metadata import metadata
 
-        metadata(skeleton.config, kind=scheme.format.kind, name="")
-    else:  # the gate reloads it
+        metadata(skeleton.config, kind=allocation.schemes[0].format.kind, name="")
+        return
+    for scheme in allocation.schemes:  # the gate reloads it
         check_reader(scheme.name, scheme.container, "transformers", moe=has_experts(skeleton))
 
 
@@ -224,13 +247,13 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _layer(name: str, shape: tuple[int, int], source: Source) -> Layer:
+def _layer(name: str, shape: tuple[int, int], source: Source, scheme: Scheme | None) -> Layer:
     bank = EXPERT_BANK.match(name)
     if f"{name}.weight" in source.headers or not bank:
-        return Layer(name, f"{name}.weight", shape)
+        return Layer(name, f"{name}.weight", shape, scheme)
     expert, part = name.removeprefix(bank["bank"] + ".").split(".")
     fused = "down_proj" if part == "down_proj" else "gate_up_proj"
-    return Layer(name, f"{bank['bank']}.{fused}", shape, int(expert))
+    return Layer(name, f"{bank['bank']}.{fused}", shape, scheme, int(expert))
 
 
 def _kept(

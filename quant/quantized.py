@@ -23,7 +23,7 @@ from quant.loading import round_inputs
 from quant.methods.choice import make_method
 from quant.methods.folds import check_wired
 from quant.methods.method import Method, layer_of
-from quant.methods.names import METHODS, check_method
+from quant.methods.names import GRID_SCHEMES, METHODS, check_method, check_mixed
 from quant.methods.rtn import Rtn
 from quant.plans import Layer, Plan, make_plan
 from quant.ranges import RangeBook
@@ -83,7 +83,8 @@ class UncalibratedTensors(Mapping[str, Tensor]):
 def quantize(
     model: PreTrainedModel | str | Path,
     *,
-    scheme: str,
+    scheme: str | None = None,
+    allocation: Mapping[str, str] | None = None,
     group_size: int | str = 64,
     container: str | None = None,
     ignore: Sequence[str] = (),
@@ -93,15 +94,22 @@ def quantize(
 ) -> QuantizedModel:
     """Quantise a transformers causal LM, in memory or from a Hugging Face folder; the original is left untouched.
 
-    scheme, group_size and container as in `quant.readers`; ignore holds globs (or `re:` expressions) over layer names;
-    method as in `quant.methods.names`, with a calibration where it needs one; fp8-static takes its input ranges from
-    the calibration too, or from input_absmax (`quant.ranges`).
+    scheme, group_size and container as in `quant.readers`; or, in their place, allocation: group of layers (or glob
+    over groups) -> `int4-g64`, `fp8`, ..., `bf16`, as in `quant.allocations`. ignore holds globs (or `re:` expressions)
+    over layer names; method as in `quant.methods.names`, with a calibration where it needs one; fp8-static takes its
+    input ranges from the calibration too, or from input_absmax (`quant.ranges`).
     ConfigError for a scheme that does not fit a layer, DataError for a quantised or broken source, NumericalError for
     NaN or Inf, each naming the tensor.
     """
     source = open_source(model)
-    plan = make_plan(source, Scheme.named(scheme, group_size, container), ignore=ignore)
-    check_method(method, scheme)
+    if (scheme is None) == (allocation is None):
+        raise ConfigError("quantize: give either a scheme for all layers or an allocation")
+    chosen = Scheme.named(scheme, group_size, container) if allocation is None else allocation
+    plan = make_plan(source, chosen, ignore=ignore)
+    if allocation is None:
+        check_method(method, scheme)
+    else:
+        check_mixed(method, [each.name for each in plan.allocation.schemes])
     if method == "awq":
         check_wired(architecture(plan.config))
     folder = Path(model) if isinstance(source, FolderSource) else None
@@ -122,10 +130,10 @@ def quantize(
 def compress_layer(plan: Plan, source: Source, ranges: RangeBook, method: Method, layer: Layer) -> dict[str, Tensor]:
     """The stored tensors of one layer, by suffix, without calibration."""
     weight_NK = plan.read_layer(source, layer)
-    if isinstance(method, Rtn):
-        return plan.scheme.compress(weight_NK, ranges.of(layer))
-    codes_1NK, parameters = method.round(weight_NK[None], plan.scheme.grid, None)
-    return plan.scheme.store(codes_1NK[0], layer_of(parameters, 0))
+    if isinstance(method, Rtn) or layer.scheme.name not in GRID_SCHEMES:
+        return layer.scheme.compress(weight_NK, ranges.of(layer))
+    codes_1NK, parameters = method.round(weight_NK[None], layer.scheme.grid, None)
+    return layer.scheme.store(codes_1NK[0], layer_of(parameters, 0))
 
 
 def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -133,9 +141,9 @@ def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel
     state = {name: tensors[name] for name in plan.kept}
     roundings = {}
     for layer in plan.layers:
-        stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in plan.scheme.stored(layer.shape)}
-        state[f"{layer.name}.weight"] = plan.scheme.decompress(stored)
-        roundings[layer.name] = plan.scheme.format.input_rounding(stored)
+        stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in layer.scheme.stored(layer.shape)}
+        state[f"{layer.name}.weight"] = layer.scheme.decompress(stored)
+        roundings[layer.name] = layer.scheme.format.input_rounding(stored)
     model = assemble(plan.config, state)
     for name, rounding in roundings.items():
         round_inputs(model.get_submodule(name), rounding)

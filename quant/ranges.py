@@ -33,8 +33,9 @@ class RangeBook:
         self._source = source
         self._weights: dict[str, float] = {}
         self._measured = input_absmax
-        if plan.scheme.format.needs_input_range and input_absmax is None:
-            name = plan.scheme.name
+        asking = [scheme.name for scheme in plan.allocation.schemes if scheme.format.needs_input_range]
+        if asking and input_absmax is None:
+            name = asking[0]
             raise ConfigError(f"scheme = {name}: input ranges are not calibrated; use fp8, which rounds at run time")
         if not callable(input_absmax):
             self._inputs  # noqa: B018 (faults of given ranges are told at once)
@@ -44,7 +45,7 @@ class RangeBook:
 
     def of(self, layer: "Layer") -> Ranges:
         """The ranges of a layer, taken over all layers it shares a scale with."""
-        weight = self._weight(weight_tie(layer.name)) if self._plan.scheme.format.needs_weight_range else None
+        weight = self._weight(weight_tie(layer.name)) if layer.scheme.format.needs_weight_range else None
         return Ranges(weight, self._inputs.get(input_tie(layer.name)))
 
     def _weight(self, tie: str) -> float:
@@ -55,7 +56,7 @@ class RangeBook:
 
     @cached_property
     def _inputs(self) -> dict[str, float]:
-        if not self._plan.scheme.format.needs_input_range:
+        if not any(scheme.format.needs_input_range for scheme in self._plan.allocation.schemes):
             return {}
         measured = self._measured() if callable(self._measured) else self._measured
         largest: dict[str, float] = {}

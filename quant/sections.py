@@ -1,7 +1,7 @@
 """The `quantization_config` of config.json: written for a scheme, and read back.
 
-content = section(scheme, ignored)                   # ignored: every linear layer left alone, by exact name
-scheme, ignored, fault = read_section(content)       # the scheme that writes exactly this, or what differs
+content = section(allocation, ignored)               # ignored: every linear layer left alone, by exact name
+allocation, ignored, fault = read_section(content)   # the one that writes exactly this, or what differs
 """
 
 import json
@@ -16,6 +16,7 @@ from compressed_tensors.quantization import (
 )
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
+from quant.allocations import LINEAR, Allocation
 from quant.readers import BITSANDBYTES, COMPRESSED, FINE_GRAINED, GGUF, GROUP_SIZES, SCHEMES
 from quant.schemes import Scheme
 
@@ -29,12 +30,16 @@ _PRESETS = {
 }
 
 
-def section(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
-    """What config.json says about a model quantised with a scheme.
+MIXED_FORMATS = "mixed-precision"
+
+
+def section(allocation: Allocation, ignored: list[str]) -> dict[str, Any]:
+    """What config.json says about a model quantised so.
 
     For GGUF it is this package's own: the file says everything itself, and transformers refuses the folder by name
     instead of finding no weights.
     """
+    scheme = allocation.schemes[0]
     if scheme.container == GGUF:
         return {"quant_method": GGUF, "type": scheme.format.kind, "ignore": ignored}
     if scheme.container == BITSANDBYTES:
@@ -48,7 +53,7 @@ def section(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
         return _plain(config.to_dict())
     if scheme.container == FINE_GRAINED:
         return _plain(FineGrainedFP8Config(modules_to_not_convert=ignored).to_dict())
-    return _compressed_tensors(scheme, ignored)
+    return _compressed_tensors(allocation, ignored)
 
 
 def format_name(scheme: Scheme) -> str:
@@ -60,21 +65,33 @@ def format_name(scheme: Scheme) -> str:
     return _PRESETS[scheme.name][1] if scheme.name in _PRESETS else "pack-quantized"
 
 
-def _compressed_tensors(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
-    name = format_name(scheme)
-    if scheme.name in _PRESETS:
-        group = preset_name_to_scheme(_PRESETS[scheme.name][0], ["Linear"])
-        group.format = name
-    else:
-        grid = scheme.grid
-        strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group"}
-        size = {} if grid.group_size is None else {"group_size": grid.group_size}
-        weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy, **size)
-        group = QuantizationScheme(targets=["Linear"], weights=weights, format=name)
+def _compressed_tensors(allocation: Allocation, ignored: list[str]) -> dict[str, Any]:
+    """One group of layers for each scheme. Targets of different groups never meet in a layer."""
+    groups = {
+        f"group_{number}": _group(scheme, [target for target, each in allocation.parts if each == scheme])
+        for number, scheme in enumerate(allocation.schemes)
+    }
+    formats = {format_name(scheme) for scheme in allocation.schemes}
     config = QuantizationConfig(
-        config_groups={"group_0": group}, format=name, quantization_status="compressed", ignore=ignored
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else MIXED_FORMATS,
+        quantization_status="compressed",
+        ignore=ignored,
     )
     return config.model_dump(mode="json", exclude={"moe_sparsity_config"})
+
+
+def _group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
+    name = format_name(scheme)
+    if scheme.name in _PRESETS:
+        group = preset_name_to_scheme(_PRESETS[scheme.name][0], targets)
+        group.format = name
+        return group
+    grid = scheme.grid
+    strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group"}
+    size = {} if grid.group_size is None else {"group_size": grid.group_size}
+    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=grid.symmetric, **strategy, **size)
+    return QuantizationScheme(targets=targets, weights=weights, format=name)
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:
@@ -82,21 +99,39 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in content.items() if not key.startswith("_")}))
 
 
-def read_section(content: dict[str, Any]) -> tuple[Scheme | None, list[str], str]:
-    """The scheme and ignore list a `quantization_config` was written for; else None and what is wrong."""
+def read_section(content: dict[str, Any]) -> tuple[Allocation | None, list[str], str]:
+    """The allocation and ignore list a `quantization_config` was written for; else None and what is wrong."""
     methods = {"compressed-tensors": COMPRESSED, "bitsandbytes": BITSANDBYTES, "fp8": FINE_GRAINED, "gguf": GGUF}
     container = methods.get(content.get("quant_method"))
     if container is None:
         return None, [], "quantization_config describes no scheme of this package"
     key = {BITSANDBYTES: "llm_int8_skip_modules", FINE_GRAINED: "modules_to_not_convert"}.get(container, "ignore")
     ignored = content.get(key) or []
-    differing = {scheme: _differing(section(scheme, ignored), content) for scheme in _schemes(container)}
-    nearest = min(differing, key=lambda scheme: len(differing[scheme]))
+    candidates = [Allocation.uniform(scheme) for scheme in _schemes(container)]
+    if container == COMPRESSED and len(content.get("config_groups") or {}) > 1:
+        allocation = _read_groups(content["config_groups"])
+        candidates = [] if allocation is None else [allocation]
+    differing = {allocation: _differing(section(allocation, ignored), content) for allocation in candidates}
+    if not differing:
+        return None, [], "quantization_config has a group of layers that no scheme of this package writes"
+    nearest = min(differing, key=lambda allocation: len(differing[allocation]))
     if not differing[nearest]:
         return nearest, ignored, ""
     if len(differing[nearest]) > 1:
         return None, [], "quantization_config describes no scheme of this package"
     return None, [], f"quantization_config.{differing[nearest][0]} is not what {nearest.label} writes"
+
+
+def _read_groups(groups: dict[str, Any]) -> Allocation | None:
+    """Every group's targets with the scheme that writes such a group; None when one of them is no scheme's."""
+    parts: list[tuple[str, Scheme]] = []
+    for group in groups.values():
+        targets = group.get("targets") or [LINEAR]
+        found = [scheme for scheme in _schemes(COMPRESSED) if _group(scheme, targets).model_dump(mode="json") == group]
+        if not found:
+            return None
+        parts += [(target, found[0]) for target in targets]
+    return Allocation(tuple(parts))
 
 
 def _differing(wanted: dict[str, Any], content: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Run a study: `python -m sweeps --study configs/sweeps/rates.yaml --trials 20 --workers 2`.
 
 The same command again goes on with it, and so does the same command on another machine when the storage is shared.
+`python -m sweeps bits --model DIR --out DIR2` allocates bits to layers, by forward passes (sweeps/bits/).
 """
 
 import sys
@@ -9,17 +10,23 @@ from pathlib import Path
 from herd.run import cli
 from herd.run.errors import ConfigError
 from sweeps import settings
+from sweeps.bits import command
 
 DESCRIPTION = """Search over a configuration: every trial is a real training run in its own process and folder.
 The same command again goes on with a study; on another machine, with a shared storage, it joins in."""
 EXAMPLES = (
     "python -m sweeps --study configs/sweeps/rates.yaml --workers 2",
     "python -m sweeps --study configs/sweeps/weighting.yaml --trials 40 --set sampler.kind=gp --dry-run",
+    "python -m sweeps bits --model DIR --out DIR2 --bits 4.5    (bits for each group of layers; see its --help)",
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command, or `bits`; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["bits"]:
+        asked = command.parse(words[1:])
+        return cli.main_guard(lambda: command.run(asked))
     parser = cli.parser("sweeps", description=DESCRIPTION, examples=EXAMPLES, config=False)
     add = parser.add_argument
     add("--study", required=True, type=Path, metavar="FILE", help="YAML of the study")

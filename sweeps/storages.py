@@ -22,7 +22,7 @@ from herd.run import config
 from herd.run.errors import ConfigError, EnvironmentFault, first_line
 from herd.run.schema import Config
 from sweeps import spaces
-from sweeps.settings import Study
+from sweeps.settings import Sampler, Study
 
 PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
 BUSY_S = 60  # SQLite waits so long for another worker's write
@@ -44,7 +44,7 @@ def open_study(study: Study, base: Config) -> optuna.Study:
         lambda: optuna.create_study(
             storage=storage,
             study_name=study.name,
-            sampler=make_sampler(study),
+            sampler=make_sampler(study.sampler),
             pruner=make_pruner(study, base),
             directions=[objective.direction for objective in study.objectives],
             load_if_exists=True,
@@ -100,13 +100,13 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
     raise AssertionError("unreachable")
 
 
-def make_sampler(study: Study, *salt: int) -> optuna.samplers.BaseSampler:
-    """The sampler of a study. A grid's points are enqueued, so its sampler is only asked when there are none left.
+def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler. A grid's points are enqueued, so its sampler is only asked when there are none left.
 
     salt: what tells one draw from another. Workers that all began with the study's own seed would draw the same points.
     """
-    kind = study.sampler.kind
-    seed = int(np.random.SeedSequence((study.sampler.seed, *salt)).generate_state(1)[0])
+    kind = sampler.kind
+    seed = int(np.random.SeedSequence((sampler.seed, *salt)).generate_state(1)[0])
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed),

@@ -90,7 +90,7 @@ class Worker:
         """The next trial: one that waits, or a new draw that no other worker makes."""
         count = len(self.optuna_study.get_trials(deepcopy=False))
         host = 0 if self.study.storage_url.startswith("sqlite") else zlib.crc32(socket.gethostname().encode())
-        self.optuna_study.sampler = storages.make_sampler(self.study, count, self.slot.number, host)
+        self.optuna_study.sampler = storages.make_sampler(self.study.sampler, count, self.slot.number, host)
         return self.optuna_study.ask()
 
     def run(self, trial: optuna.Trial) -> None:

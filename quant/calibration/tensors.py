@@ -78,7 +78,9 @@ class CalibratedTensors(Mapping[str, Tensor]):
         return {
             "recipe": RECIPE,
             "source": self._source.identity(),
-            "scheme": f"{self._plan.scheme.label} {self._plan.scheme.container}",
+            "scheme": [
+                (target, f"{scheme.label} {scheme.container}") for target, scheme in self._plan.allocation.parts
+            ],
             "ignored": sorted(self._plan.ignored),
             "method": repr(self._method),
             "calibration rows": self._calibration.rows.fingerprint,
@@ -123,4 +125,4 @@ class CalibratedTensors(Mapping[str, Tensor]):
         if name not in self._plan.parts:
             return self._plan.read_kept(self._source, name)
         layer, suffix = self._plan.parts[name]
-        return self._plan.scheme.compress(self._plan.read_layer(self._source, layer))[suffix]
+        return layer.scheme.compress(self._plan.read_layer(self._source, layer))[suffix]

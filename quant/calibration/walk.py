@@ -26,9 +26,11 @@ from quant.memory import give_back
 from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
 from quant.methods.method import Method, layer_of
+from quant.methods.names import GRID_SCHEMES
 from quant.methods.rtn import Rtn
 from quant.methods.targets import corrected
 from quant.plans import Layer, Plan
+from quant.schemes import Scheme
 from quant.sources import Source
 
 
@@ -180,19 +182,22 @@ class Block:
 
     def _settle(self, stack: Sequence[str], weight_ENK: Tensor, method: Method, hessian_EKK: Tensor | None) -> None:
         """Choose the codes of a stack, keep them as they are stored, and put their values into the module."""
-        scheme = self._walk._plan.scheme
-        codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
-        decoded_ENK = scheme.grid.decode(codes_ENK, parameters)
-        for at, name in enumerate(stack):
-            stored = scheme.store(codes_ENK[at], layer_of(parameters, at))
+        scheme = self._layers[stack[0]].scheme
+        if scheme.name in GRID_SCHEMES:
+            codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
+            made = [scheme.store(codes_NK, layer_of(parameters, at)) for at, codes_NK in enumerate(codes_ENK)]
+        else:  # one of several schemes, and no method's but to round to nearest
+            made = [scheme.compress(self._part(name).weight.data) for name in stack]
+        for name, stored in zip(stack, made, strict=True):
             self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
             part = self._part(name)
-            self._originals[name], self._rounded[name] = part.weight.data, decoded_ENK[at].clone()
+            self._originals[name], self._rounded[name] = part.weight.data, scheme.decompress(stored)
             part.weight.data = self._rounded[name]
 
     def fold(self, moments: Moments) -> None:
         """Move factors into norms and up projections, in the module and in the moments."""
-        grid, method = self._walk._plan.scheme.grid, self._walk._method
+        method = self._walk._method
+        grid = self._walk._plan.allocation.schemes[0].grid  # all have the same: mixed allocations are not folded
         relative = [name.removeprefix(self._prefix) for name in self._layers]
         for fold in find_folds([name for name, _ in self._module.named_modules()], relative):
             names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self._layers]
@@ -239,9 +244,9 @@ HESSIANS, WEIGHTS = 8, 10
 
 
 def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:
-    """Names of one leaf and one shape, which are quantised together."""
-    alike: dict[tuple[str, tuple[int, int], bool], list[str]] = {}
+    """Names of one leaf, one shape and one scheme, which are quantised together."""
+    alike: dict[tuple[str, tuple[int, int], bool, Scheme], list[str]] = {}
     for name in names:
-        kind = (name.rpartition(".")[2], layers[name].shape, bank_of(name) is not None)
+        kind = (name.rpartition(".")[2], layers[name].shape, bank_of(name) is not None, layers[name].scheme)
         alike.setdefault(kind, []).append(name)
     yield from alike.values()

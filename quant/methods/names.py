@@ -3,6 +3,7 @@
 check_method("gptq", "int4")                # ConfigError, one line
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from herd.run.errors import ConfigError
@@ -38,3 +39,16 @@ def check_method(method: str, scheme: str) -> None:
         raise ConfigError(f"method = {method!r} is unknown; use one of {', '.join(METHODS)}")
     if method != "rtn" and scheme not in GRID_SCHEMES:
         raise ConfigError(f"method = {method}: works on {', '.join(GRID_SCHEMES)}; use method rtn for {scheme}")
+
+
+def check_mixed(method: str, schemes: Sequence[str]) -> None:
+    """`check_method` for an allocation: the method chooses codes on integer grids, other schemes round to nearest."""
+    if len(set(schemes)) == 1:
+        check_method(method, schemes[0])
+        return
+    gridded = [scheme for scheme in schemes if scheme in GRID_SCHEMES]
+    check_method(method, gridded[0] if gridded else schemes[0])
+    if method == "awq":
+        raise ConfigError("method = awq: folds scales across layers of one scheme; use gptq for a mixed allocation")
+    if METHODS[method].calibrated and "nvfp4" in schemes:
+        raise ConfigError(f"method = {method}: nvfp4 needs ranges over merged layers here; use another choice, or rtn")

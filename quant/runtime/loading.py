@@ -26,7 +26,7 @@ from quant.runtime.crossovers import Crossovers
 from quant.runtime.decoding import use_lean_steps
 from quant.runtime.feed_forward import Mlp, route
 from quant.runtime.served import serve
-from quant.runtime.stored_layers import StoredLayers, kind_of
+from quant.runtime.stored_layers import StoredLayers, kinds_of
 from quant.sources import read_config
 from quant.tensor_files import TensorFiles
 
@@ -49,11 +49,11 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
         return reference.load(folder).to(device)
     if section["quant_method"] == BITSANDBYTES:
         return serve(reference.route_experts(_load_bitsandbytes(folder, config)))
-    kind = kind_of(section)
-    if kind is None:
+    kinds = kinds_of(section)
+    if kinds is None:
         _say(f"{folder}: no CPU kernel for {_describe(section)}; weights are unpacked to bf16")
         return reference.load(folder)
-    return _serve(folder, config, StoredLayers(TensorFiles(folder), kind, Crossovers(kernel_rows)))
+    return _serve(folder, config, StoredLayers(TensorFiles(folder), kinds, Crossovers(kernel_rows)))
 
 
 def _load_bitsandbytes(folder: Path, config: PretrainedConfig) -> PreTrainedModel:

@@ -1,10 +1,11 @@
 """Which kernel a folder's layers get, and the layers themselves from their stored tensors.
 
-kind = kind_of(quantization_config)                  # None: no kernel of this package runs that scheme
-layers = StoredLayers(files, kind, crossovers)
+kinds = kinds_of(quantization_config)                # None: no kernel of this package runs one of its schemes
+layers = StoredLayers(files, kinds, crossovers)
 layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer, fused by rows
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from herd.run.errors import DataError
+from quant.allocations import LINEAR
 from quant.formats.grid import Grid
 from quant.formats.packed import PackedIntegers
 from quant.runtime.crossovers import Crossovers
@@ -24,7 +26,7 @@ from quant.runtime.linears import Linear, Plain
 
 @dataclass(frozen=True)
 class Kind:
-    """How the quantised layers of a folder are stored."""
+    """How quantised layers are stored."""
 
     name: str
     """`int4`, `int8` or `fp8`."""
@@ -35,13 +37,39 @@ class Kind:
     rounds_inputs: bool
 
 
-def kind_of(section: dict[str, Any]) -> Kind | None:
-    """The kind of a compressed-tensors section with one group of layers; None for any scheme without a kernel here."""
+class Kinds:
+    """The kind of every layer of a folder: of the first target that names it, else of its class."""
+
+    def __init__(self, groups: list[tuple[list[str], Kind]]):
+        targets = [(target, kind) for names, kind in groups for target in names]
+        self._exact = {target: kind for target, kind in reversed(targets) if not target.startswith("re:")}
+        self._patterns = [(re.compile(target[3:]), kind) for target, kind in targets if target.startswith("re:")]
+
+    def of(self, name: str) -> Kind | None:
+        """The kind of the layer of that name; None for one that no group holds."""
+        if name in self._exact:
+            return self._exact[name]
+        found = next((kind for pattern, kind in self._patterns if pattern.match(name)), None)
+        return found or self._exact.get(LINEAR)
+
+
+def kinds_of(section: dict[str, Any]) -> Kinds | None:
+    """The kinds of a compressed-tensors section; None when any of its groups has a scheme without a kernel here."""
     groups = list((section.get("config_groups") or {}).values())
-    if section.get("quant_method") != "compressed-tensors" or len(groups) != 1:
+    if section.get("quant_method") != "compressed-tensors" or not groups:
         return None
-    weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations")
-    if not weights.get("symmetric") or weights.get("actorder") == "group" or groups[0].get("output_activations"):
+    kinds = [kind_of(group) for group in groups]
+    if None in kinds:
+        return None
+    # With one group, what is stored quantised is of that group, whatever names and classes it was matched by.
+    targets = [[LINEAR]] if len(groups) == 1 else [group.get("targets") or [] for group in groups]
+    return Kinds(list(zip(targets, kinds, strict=True)))
+
+
+def kind_of(group: dict[str, Any]) -> Kind | None:
+    """The kind of a group of layers; None for any scheme without a kernel here."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    if not weights.get("symmetric") or weights.get("actorder") == "group" or group.get("output_activations"):
         return None
     scheme = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
     rounds = inputs is not None
@@ -61,15 +89,16 @@ def kind_of(section: dict[str, Any]) -> Kind | None:
 class StoredLayers:
     """Makes layers for serving from a folder's tensors, one at a time."""
 
-    def __init__(self, files: Mapping[str, Tensor], kind: Kind, crossovers: Crossovers):
-        self.files, self.kind, self.crossovers = files, kind, crossovers
+    def __init__(self, files: Mapping[str, Tensor], kinds: Kinds, crossovers: Crossovers):
+        self.files, self.kinds, self.crossovers = files, kinds, crossovers
         self.used: set[str] = set()
         """Names of the tensors that went into layers."""
         self._block = find_block()
 
     def quantised(self, name: str) -> bool:
         """Whether the layer of that name is stored quantised."""
-        return f"{name}.{self.kind.mark}" in self.files
+        kind = self.kinds.of(name)
+        return kind is not None and f"{name}.{kind.mark}" in self.files
 
     def make(self, names: list[str]) -> Linear:
         """One layer for several over the same input, in the order of the names; DataError if a tensor is missing."""
@@ -80,8 +109,11 @@ class StoredLayers:
             )
         if states == {False}:
             return Plain(torch.cat([self._read(f"{name}.weight").to(torch.bfloat16) for name in names]))
-        parts = [{suffix: self._read(f"{name}.{suffix}") for suffix in self.kind.suffixes} for name in names]
-        layer = self._pack(parts)
+        kind, *others = dict.fromkeys(self.kinds.of(name) for name in names)
+        if others:
+            raise DataError(f"{names[0]} and {names[-1]}: {kind.name} and {others[0].name}; export the model again")
+        parts = [{suffix: self._read(f"{name}.{suffix}") for suffix in kind.suffixes} for name in names]
+        layer = self._pack(kind, parts)
         self.crossovers.set(layer)
         return layer
 
@@ -91,11 +123,11 @@ class StoredLayers:
         self.used.add(name)
         return self.files[name]
 
-    def _pack(self, parts: list[dict[str, Tensor]]) -> Linear:
-        if self.kind.name == "int8":
+    def _pack(self, kind: Kind, parts: list[dict[str, Tensor]]) -> Linear:
+        if kind.name == "int8":
             return Int8.pack(parts)
-        if self.kind.name == "fp8":
-            return Fp8.pack(parts, rounds_inputs=self.kind.rounds_inputs)
+        if kind.name == "fp8":
+            return Fp8.pack(parts, rounds_inputs=kind.rounds_inputs)
         layer = Int4.pack(parts, self._block)
         if layer is None:
             groups = parts[0]["weight_shape"][1].item() // parts[0]["weight_scale"].shape[1]

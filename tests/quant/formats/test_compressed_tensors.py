@@ -10,6 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quant.allocations import Allocation
 from quant.formats import fp4
 from quant.formats.format import Ranges
 from quant.formats.fp8 import encode, scale_for
@@ -36,7 +37,7 @@ def random_weight(seed: int, *, rows: int = 128, columns: int = 256) -> torch.Te
 
 def library(scheme: Scheme) -> tuple[type[BaseCompressor], QuantizationScheme]:
     """The library's compressor and its own reading of our config.json."""
-    group = section(scheme, [])["config_groups"]["group_0"]
+    group = section(Allocation.uniform(scheme), [])["config_groups"]["group_0"]
     return BaseCompressor.get_value_from_registry(format_name(scheme)), QuantizationScheme.model_validate(group)
 
 

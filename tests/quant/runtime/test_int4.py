@@ -9,7 +9,7 @@ from torch import Tensor
 from quant.formats.grid import Grid, Parameters
 from quant.formats.packed import PackedIntegers
 from quant.runtime.int4 import Int4, find_block
-from quant.runtime.stored_layers import Kind, StoredLayers
+from quant.runtime.stored_layers import Kind, Kinds, StoredLayers
 
 BLOCK = find_block()
 
@@ -75,8 +75,8 @@ def test_fused_layers_are_the_layers_one_above_the_other():
 def test_a_shape_the_kernel_cannot_hold_is_unpacked_to_the_same_values(rows, columns, group_size):
     tensors, exact_NK = stored(rows, columns, group_size)
     assert Int4.pack([tensors], BLOCK) is None
-    kind = Kind("int4", "weight_packed", tuple(tensors), False)
-    layers = StoredLayers({f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}, kind, Untimed())
+    kinds = Kinds([(["Linear"], Kind("int4", "weight_packed", tuple(tensors), False))])
+    layers = StoredLayers({f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}, kinds, Untimed())
     assert torch.equal(layers.make(["layer"]).weight, exact_NK.bfloat16())
 
 
