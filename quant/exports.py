@@ -19,16 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from herd.run.errors import DataError
 from herd.run.files import disk_faults, fresh_folder, replace_folder, require_space
 from herd.run.lineage import model_card, write_lineage
-from quant.architectures import LLAMA4, architecture
+from quant.architectures import LLAMA4, architecture, bf16_bytes
 from quant.gate_process import GateProcess
+from quant.memory import fits
 from quant.plans import Plan
-from quant.probes import take_probe
+from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
 from quant.readers import GGUF, limit
 from quant.reports import Report
 from quant.sections import section
 from quant.shards import SHARD_BYTES, write_shards
 from quant.sources import read_config
+from quant.streaming import stream_probe
 from quant.target import check_target, finished_layers, unfinished
 from quant.tensor_files import TensorFiles
 
@@ -97,7 +99,7 @@ def _write(
         # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose
         # bytes the gate compares with the digests of those that were made.
         written = quantized if quantized.folder is None else replace(quantized, tensors=TensorFiles(folder))
-    report = gate.inspect(folder, take_probe(written.model, digests))
+    report = gate.inspect(folder, probe_of(written, digests))
     if not report.passed:
         raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
@@ -111,6 +113,13 @@ def _write(
     write_lineage(folder, **facts)
     model_card(folder, card_facts(plan, facts))
     return report
+
+
+def probe_of(quantized: QuantizedModel, digests: dict[str, str]) -> Probe:
+    """What the export must compute, from the model at once or, where it is large, from one layer at a time."""
+    if fits(bf16_bytes(quantized.plan.config)):
+        return take_probe(quantized.model, digests)
+    return stream_probe(quantized.plan, quantized.tensors, digests)
 
 
 def _write_tokenizer(quantized: QuantizedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

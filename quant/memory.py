@@ -1,9 +1,16 @@
-"""Memory that was freed but not given back.
+"""Memory: what the machine has, and what was freed but not given back.
 
 give_back()
+fits(model_bytes)                # small enough to be checked in one piece
 """
 
 import ctypes
+import os
+from pathlib import Path
+
+WHOLE_SHARE = 1 / 16
+"""Models whose bf16 weights take less of the machine's memory are held whole where one layer would do."""
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def give_back() -> None:
@@ -14,3 +21,17 @@ def give_back() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def fits(needed: int) -> bool:
+    """Whether so many bytes are less than WHOLE_SHARE of the memory that this machine, or container, has."""
+    return needed <= WHOLE_SHARE * total_bytes()
+
+
+def total_bytes() -> int:
+    """Memory of the machine, or the container's limit where that is less; the same at any time."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in map(Path, LIMITS):
+        if path.is_file() and (content := path.read_text().strip()).isdigit():
+            limits.append(int(content))
+    return min(limits)
