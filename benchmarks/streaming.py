@@ -1,6 +1,6 @@
 """Peak memory and bytes a second of `python -m quant` on checkpoints in Llama 4's layout, several times its memory.
 
-    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-2 gptq-6] [--scratch DIR]
+    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-1 gptq-4] [--scratch DIR]
 
 Every case makes a checkpoint of random weights in shards of 2 GB in a temporary folder of --scratch, drops it from the
 page cache, quantises it in a fresh process while /proc is read, and removes everything. Writes results/streaming.json.
@@ -32,23 +32,27 @@ from quant.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
-CASES: dict[str, tuple[int, list[str]]] = {
-    "rtn-8": (8, []),
-    "rtn-34": (34, []),
-    "gptq-2": (2, ["--method", "gptq"]),
-    "gptq-6": (6, ["--method", "gptq"]),
+GPTQ = [
+    *("--method", "gptq", "--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16"),
+    *("--row-tokens", "512", "--memory", "0.25"),
+]
+# Decoder layers, hidden size, and what the command is told.
+CASES: dict[str, tuple[int, int, list[str]]] = {
+    "rtn-8": (8, 2048, []),
+    "rtn-34": (34, 2048, []),
+    "gptq-1": (1, 1024, GPTQ),
+    "gptq-4": (4, 1024, GPTQ),
 }
-GPTQ = ("--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16", "--row-tokens", "512")
 SHARD_BYTES = 2 * 10**9
 PROBE_BYTES = 1 << 30
 SECONDS = 0.05  # between two looks at /proc
 
 
-def layout(layers: int) -> Llama4TextConfig:
-    """A text-only Scout of another size: 8 experts in every layer, 124 M weights a layer."""
+def layout(layers: int, width: int) -> Llama4TextConfig:
+    """A text-only Scout of another size: 8 experts in every layer, 124 M weights a layer at a width of 2048."""
     return Llama4TextConfig(
-        vocab_size=32768, hidden_size=2048, intermediate_size=2048, intermediate_size_mlp=4096,
-        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64, num_local_experts=8,
+        vocab_size=32768, hidden_size=width, intermediate_size=width, intermediate_size_mlp=2 * width,
+        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=8, head_dim=64, num_local_experts=8,
         num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=4096, attention_chunk_size=1024,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["Llama4ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
@@ -72,9 +76,8 @@ class Drawn(Mapping[str, Tensor]):
         return len(self._headers)
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
+def make_checkpoint(folder: Path, config: Llama4TextConfig) -> int:
     """Write it as Llama 4 is published: fused experts, shards, an index. Returns its bytes."""
-    config = layout(layers)
     folder.mkdir()
     config.save_pretrained(folder)
     state = build_skeleton(config, fused=True).state_dict()
@@ -166,11 +169,11 @@ def status(pid: int) -> dict[str, int]:
 
 def run_case(name: str, scratch: Path) -> dict[str, Any]:
     """Make the checkpoint, plan, quantise, measure."""
-    layers, method = CASES[name]
-    more = [*method, *GPTQ, "--memory", "0.5"] if method else []
+    layers, width, more = CASES[name]
+    config = layout(layers, width)
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         source, out = Path(temporary) / "source", Path(temporary) / "out"
-        size = make_checkpoint(source, layers)
+        size = make_checkpoint(source, config)
         disk = disk_rates(Path(temporary))
         command = [sys.executable, "-m", "quant", "--model", str(source), "--scheme", "int4", "--out", str(out)]
         command += [*more, "--no-tracking", "--json"]
@@ -194,8 +197,9 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
     return {
         "case": name,
         "layers": layers,
+        "hidden_size": width,
         "checkpoint_bytes": size,
-        "layer_bytes": layer_bytes(layers),
+        "layer_bytes": layer_bytes(config),
         "export_bytes": written,
         "peak_rss_bytes": {kind: facts["VmHWM"] for kind, facts in watch.peaks.items()},
         "peak_rss_together_bytes": watch.together,
@@ -214,9 +218,9 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
     }
 
 
-def layer_bytes(layers: int) -> int:
+def layer_bytes(config: Llama4TextConfig) -> int:
     """Of one decoder layer in bf16."""
-    layer = build_skeleton(layout(layers), fused=True).model.layers[0]
+    layer = build_skeleton(config, fused=True).model.layers[0]
     return 2 * sum(parameter.numel() for parameter in layer.parameters())
 
 

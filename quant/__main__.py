@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.descriptions import describe, describe_work, foretell, summary
+from quant.memory import bound_caches
 from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options
 from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
@@ -103,6 +105,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask; errors a user can mend are raised."""
     check(options)
+    bound_caches(os.environ)
     import transformers
 
     from herd.run.lineage import read_lineage

@@ -20,8 +20,9 @@ from herd.run.errors import DataError
 from herd.run.files import disk_faults, fresh_folder, replace_folder, require_space
 from herd.run.lineage import model_card, write_lineage
 from quant.architectures import LLAMA4, architecture, bf16_bytes
+from quant.checks import LAYERWISE
 from quant.gate_process import GateProcess
-from quant.memory import fits
+from quant.memory import WHOLE_SHARE, fits
 from quant.plans import Plan
 from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
@@ -105,7 +106,7 @@ def _write(
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
     origin = quantized.folder.resolve().name if quantized.folder else architecture(plan.config)
     facts = {"role": "export", "name": name, "scheme": plan.scheme.label, "base_model": origin} | dict(lineage)
-    facts["method"] = quantized.method
+    facts |= {"method": quantized.method, "checked": report.facts["checked"]}
     if quantized.coverage is not None:
         coverage = quantized.coverage()
         (folder / COVERAGE).write_text(json.dumps(coverage, indent=1) + "\n")
@@ -169,7 +170,8 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     kept = "\n".join(f"- `{family(layers)}`: {reason}." for reason, layers in reasons.items())
     chosen = _CHOSEN.get(facts.get("method", "rtn"), _NEAREST)
     limits = _LIMITS[plan.scheme.name].replace(_NEAREST, chosen)
-    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}"
+    checked = LAYERS_CHECKED if facts.get("checked") == LAYERWISE else ""
+    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}{checked}"
     sizes = {
         "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
         "bits per weight, everything counted": round(plan.bits_per_weight, 4),
@@ -181,6 +183,10 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     return known | dict(facts) | {"metrics": sizes | dict(facts.get("metrics") or {})}
 
 
+LAYERS_CHECKED = (
+    "\n\nThe export was read back layer by layer, through transformers' loader, and compared bit for bit: the model is "
+    f"too large to be loaded whole for that (more than {WHOLE_SHARE:.1%} of the memory of the machine it was made on)."
+)
 _NEAREST = "Weights are rounded to nearest with a searched scale per group; no calibration data was used. "
 _CHOSEN = {
     "hqq": "Scales (and zeros) were fitted by half-quadratic quantisation; no calibration data was used. ",

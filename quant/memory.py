@@ -2,15 +2,30 @@
 
 give_back()
 fits(model_bytes)                # small enough to be checked in one piece
+bound_caches(os.environ)         # before the first product of matrices
 """
 
 import ctypes
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 WHOLE_SHARE = 1 / 16
 """Models whose bf16 weights take less of the machine's memory are held whole where one layer would do."""
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+CACHED = "16"
+
+
+def bound_caches(environment: MutableMapping[str, str]) -> None:
+    """Have oneDNN keep 16 compiled products of bf16 matrices, in torch's cache and in its own, instead of 1024 each.
+
+    One holds about 0.7 MB, and experts meet another number of tokens in every batch, so that almost none is used
+    again: a calibrated method grew by up to 0.7 GB (seen). Counts for a process that has not multiplied yet.
+    """
+    for name in CACHES:
+        environment.setdefault(name, CACHED)
 
 
 def give_back() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -66,7 +67,8 @@ def stream_folder(folder: Path) -> tuple[StreamedModel, dict[str, set]]:
     files = TensorFiles(folder)
     units = find_units(model)
     stored: dict[str, list[str]] = {name: [] for name in units}
-    info: dict[str, set] = {"missing_keys": set(model.state_dict()) - tied_names(model)}
+    tied = tied_names(model)
+    info: dict[str, set] = {"missing_keys": set(model.state_dict()) - tied}
     for name in files:
         owner = unit_of(name, units)
         if owner is None:
@@ -81,6 +83,8 @@ def stream_folder(folder: Path) -> tuple[StreamedModel, dict[str, set]]:
             found, _ = convert_and_load_state_dict_in_model(model, state, load_config)
             if found.conversion_errors:
                 raise ValueError(next(iter(found.conversion_errors.values())))
+            for name in (wanted & found.missing_keys) - tied:  # transformers draws such at random, to go on
+                unit.place(name, torch.zeros_like(unit.state()[name], device="cpu"))
             container.unpack(model, unit.module)
         info["missing_keys"] -= wanted - found.missing_keys
         for kind, keys in found.to_dict().items():
