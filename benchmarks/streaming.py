@@ -52,9 +52,10 @@ def layout(layers: int, width: int) -> Llama4TextConfig:
     """A text-only Scout of another size: 8 experts in every layer, 124 M weights a layer at a width of 2048."""
     return Llama4TextConfig(
         vocab_size=32768, hidden_size=width, intermediate_size=width, intermediate_size_mlp=2 * width,
-        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=8, head_dim=64, num_local_experts=8,
-        num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=4096, attention_chunk_size=1024,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["Llama4ForCausalLM"], dtype="bfloat16",
+        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=8, head_dim=64,
+        num_local_experts=8, num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=4096,
+        attention_chunk_size=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        architectures=["Llama4ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
 
 

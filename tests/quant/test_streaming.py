@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import quant
 from quant import exports, gate, memory
+from quant.calibration import estimate
+from quant.calibration.estimate import foresee
 from quant.checks import LAYERWISE, run_checks
 from quant.exports import export
 from quant.memory import bound_caches
+from quant.methods.choice import make_method
 from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
 from quant.reports import Check, Report
@@ -185,6 +188,17 @@ print((held() - before) // 1024)
 def test_products_of_ever_other_heights_do_not_add_up():
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40  # MB; it is some hundred with the libraries' own bounds
+
+
+def test_a_plan_says_how_its_export_will_be_checked_and_in_what_memory(scout, monkeypatch):
+    foreseen = {}
+    for whole in (True, False):
+        monkeypatch.setattr(estimate, "fits", lambda needed, whole=whole: whole)
+        foreseen[whole] = foresee(
+            scout.quantized.plan, make_method("rtn"), rows=0, row_tokens=0, counting=0, memory_bytes=0
+        )
+        assert foreseen[whole].whole == whole
+    assert foreseen[False].gate_bytes < foreseen[True].gate_bytes
 
 
 def test_bounds_that_the_user_has_set_are_left_alone():
