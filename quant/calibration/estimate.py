@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from quant.architectures import EXPERT_BANK
+from quant.architectures import EXPERT_BANK, bf16_bytes
 from quant.calibration.rows import BATCH_TOKENS
 from quant.calibration.stages import input_key, stages
 from quant.calibration.walk import HESSIANS, WEIGHTS
@@ -37,8 +37,9 @@ class Estimate:
 def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting: int, memory_bytes: int) -> Estimate:
     """Memory and time of quantising. counting: rows run through the whole model once to count tokens of experts."""
     layer_bytes, hessian_bytes = _largest_layer(plan)
-    whole = fits(2 * plan.all_weights)
-    checked = 2 * plan.all_weights if whole else max(layer_bytes, *map(header_bytes, plan.kept.values()))
+    model_bytes = bf16_bytes(plan.config)
+    whole = fits(model_bytes)
+    checked = model_bytes if whole else max(layer_bytes, *map(header_bytes, plan.kept.values()))
     gate_bytes = PROCESS_BYTES + int(checked * (1 + plan.bits_per_quantised_weight / 16))
     largest = max(prod(layer.shape) for layer in plan.layers)
     search_s = plan.quantised_weights * SEARCH_NS * 1e-9 / torch.get_num_threads()

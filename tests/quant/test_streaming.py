@@ -22,7 +22,7 @@ from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
 from quant.reports import Check, Report
 from quant.streaming import stream_probe, stream_reference
-from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama
+from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama, build_multimodal
 
 CASES = [
     ("scout", {"scheme": "int4", "group_size": 32}),
@@ -31,6 +31,7 @@ CASES = [
     ("wide-scout", {"scheme": "nf4-double"}),
     ("wide-llama", {"scheme": "fp8-block", "container": "fine-grained-fp8"}),
     ("tied", {"scheme": "int4-asym", "group_size": 32}),
+    ("multimodal", {"scheme": "int8"}),
 ]
 LAYER = "model.layers.1.feed_forward."
 
@@ -54,8 +55,8 @@ class LayerwiseGate:
 
 
 def export_streamed(name: str, settings: dict, folder: Path, *, shard_bytes: int = 10**9) -> Exported:
-    model = build_llama(tied=True) if name == "tied" else (BUILDERS | WIDE_BUILDERS)[name]()
-    quantized, checker = quant.quantize(model, **settings), LayerwiseGate()
+    builders = BUILDERS | WIDE_BUILDERS | {"tied": lambda: build_llama(tied=True), "multimodal": build_multimodal}
+    quantized, checker = quant.quantize(builders[name](), **settings), LayerwiseGate()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "fits", lambda needed: False)
         report = export(quantized, folder, gate=checker, shard_bytes=shard_bytes)
