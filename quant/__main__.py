@@ -8,7 +8,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -20,7 +19,7 @@ from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.descriptions import describe, describe_work, foretell, summary
-from quant.memory import bound_caches
+from quant.memory import spare_memory
 from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options
 from quant.readers import CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
@@ -105,7 +104,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask; errors a user can mend are raised."""
     check(options)
-    bound_caches(os.environ)
+    spare_memory()
     import transformers
 
     from herd.run.lineage import read_lineage

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import DONE, DataError, HerdError
+from quant.memory import fits, spare_memory
 from quant.readers import GGUF
 from quant.reports import Check, Report
 
@@ -44,7 +45,6 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any], whole: 
     """Cheapest first; a folder whose layout is wrong is not loaded."""
     from quant import checks
     from quant.architectures import bf16_bytes
-    from quant.memory import fits
     from quant.sources import read_config
 
     if probe is None:
@@ -89,6 +89,7 @@ def serve(threads: int) -> None:
 
 def _prepare(threads: int) -> None:
     """Do the slow imports at once (the client still quantises), and silence what is not a finding."""
+    spare_memory()
     import torch
     import transformers
 

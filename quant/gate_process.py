@@ -17,7 +17,6 @@ import torch
 
 from herd.run.errors import EnvironmentFault
 from herd.run.files import disk_faults
-from quant.memory import bound_caches
 from quant.probes import Probe
 from quant.reports import Report
 
@@ -33,7 +32,6 @@ class GateProcess:
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         environment["HF_HUB_OFFLINE"] = "1"
-        bound_caches(environment)
         self._complaints = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "quant.gate", "--serve", "--threads", str(torch.get_num_threads())],

@@ -1,13 +1,12 @@
 """Memory: what the machine has, and what was freed but not given back.
 
-give_back()
+spare_memory()                   # once, at the start of a process
+give_back()                      # after a large thing was freed
 fits(model_bytes)                # small enough to be checked in one piece
-bound_caches(os.environ)         # before the first product of matrices
 """
 
 import ctypes
 import os
-from collections.abc import MutableMapping
 from pathlib import Path
 
 WHOLE_SHARE = 1 / 16
@@ -16,16 +15,22 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 CACHED = "16"
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 20
 
 
-def bound_caches(environment: MutableMapping[str, str]) -> None:
-    """Have oneDNN keep 16 compiled products of bf16 matrices, in torch's cache and in its own, instead of 1024 each.
+def spare_memory() -> None:
+    """Have this process keep little that it does not use; it must not have multiplied matrices yet.
 
-    One holds about 0.7 MB, and experts meet another number of tokens in every batch, so that almost none is used
-    again: a calibrated method grew by up to 0.7 GB (seen). Counts for a process that has not multiplied yet.
+    oneDNN keeps 16 compiled products of bf16 matrices, in torch's cache and in its own, instead of 1024 each. One holds
+    about 0.7 MB, and experts meet another number of tokens in every batch, so that almost none is used again: a
+    calibrated method grew by up to 0.7 GB (seen). And glibc gives tensors of 1 MB and more back as soon as they are
+    freed. By itself it learns to keep ever larger ones: unpacking a layer took twice the layer (seen).
     """
     for name in CACHES:
-        environment.setdefault(name, CACHED)
+        os.environ.setdefault(name, CACHED)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def give_back() -> None:

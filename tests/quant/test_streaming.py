@@ -1,5 +1,6 @@
 """A model checked unit by unit is checked as well as a whole one, in the memory of one unit."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from quant.calibration import estimate
 from quant.calibration.estimate import foresee
 from quant.checks import LAYERWISE, run_checks
 from quant.exports import export
-from quant.memory import bound_caches
 from quant.methods.choice import make_method
 from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
@@ -166,11 +166,10 @@ def test_units_that_text_does_not_reach_are_digested_too(scout):
 
 
 PRODUCTS = """
-import os
 import torch
-from quant.memory import bound_caches, give_back
+from quant.memory import give_back, spare_memory
 
-bound_caches(os.environ)
+spare_memory()
 torch.set_num_threads(1)
 weight, rows = torch.ones(64, 64).bfloat16(), torch.ones(400, 64).bfloat16()
 
@@ -202,10 +201,35 @@ def test_a_plan_says_how_its_export_will_be_checked_and_in_what_memory(scout, mo
     assert foreseen[False].gate_bytes < foreseen[True].gate_bytes
 
 
-def test_bounds_that_the_user_has_set_are_left_alone():
-    environment = {"LRU_CACHE_CAPACITY": "7"}
-    bound_caches(environment)
-    assert environment == {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+BLOCKS = """
+import torch
+from quant.memory import spare_memory
+
+spare_memory()
+torch.empty(30 << 20).fill_(1)  # teaches glibc's own rule to keep such blocks
+
+def held():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before, kept = held(), []
+for number in range(40):
+    large = torch.ones(2 << 20)
+    kept.append(torch.ones(1 << 16))  # lies behind it
+    del large
+print((held() - before) // 1024)
+"""
+
+
+def test_large_tensors_go_back_though_small_ones_made_later_stay():
+    done = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20
+
+
+def test_bounds_that_the_user_has_set_are_left_alone(monkeypatch):
+    monkeypatch.setenv(memory.CACHES[0], "7")
+    monkeypatch.delenv(memory.CACHES[1], raising=False)
+    memory.spare_memory()
+    assert [os.environ[name] for name in memory.CACHES] == ["7", "16"]
 
 
 def test_memory_is_that_of_the_container_where_that_is_less(monkeypatch, tmp_path):
