@@ -19,6 +19,7 @@ from herd.run.errors import ConfigError
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.descriptions import describe, describe_work, foretell, summary
+from quant.memory import spare_memory
 from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options, read_choices
 from quant.readers import COMPRESSED, CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
@@ -123,6 +124,7 @@ def check_allocation(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask; errors a user can mend are raised."""
     check(options)
+    spare_memory()
     import transformers
 
     from herd.run.lineage import read_lineage

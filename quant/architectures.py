@@ -115,6 +115,11 @@ def build_skeleton(config: PretrainedConfig, *, fused: bool = False) -> PreTrain
     return model
 
 
+def bf16_bytes(config: PretrainedConfig) -> int:
+    """What the model's weights take in memory."""
+    return 2 * sum(parameter.numel() for parameter in build_skeleton(config, fused=True).parameters())
+
+
 def split_experts(model: PreTrainedModel) -> None:
     """Replace Llama 4's fused experts by transformers' per-expert form, on the current default device, in place."""
     for name, module in list(model.named_modules()):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.run.files import sha256
@@ -30,14 +30,17 @@ from quant.architectures import (
 from quant.formats.format import Header
 from quant.loading import load_with_info
 from quant.plans import QUANTISED
-from quant.probes import Probe, digest_weights, take_probe
+from quant.probes import Probe, digest_weights, probe_tokens, run
 from quant.readers import readers
 from quant.reports import Check
 from quant.sections import read_section
 from quant.shards import tensor_bytes
+from quant.sources import read_config
+from quant.streaming import stream_folder
 from quant.tensor_files import TensorFiles
 
 SAMPLE_TOKENS = 16
+LAYERWISE = "layer by layer"
 
 
 def check_configuration(config: PretrainedConfig) -> tuple[Check, Allocation | None, list[str]]:
@@ -144,29 +147,50 @@ def check_digests(name: str, wanted: dict[str, str], found: dict[str, str]) -> C
     return Check(name, not differing, detail)
 
 
-def run_checks(folder: Path, probe: Probe | None) -> Iterator[Check]:
-    """Load the folder with transformers, compare weights and logits bit for bit with the probe's, generate a sample."""
-    model, info = load_with_info(folder)
+def run_checks(folder: Path, probe: Probe | None, *, whole: bool) -> Iterator[Check]:
+    """Load the folder with transformers, compare weights and logits bit for bit with the probe's, generate a sample.
+
+    whole: the model at once, else unit by unit, where a sample is one token a row.
+    """
+    if whole:
+        model, info = load_with_info(folder)
+        input_BT = probe_tokens(model.config) if probe is None else probe.input_BT
+        logits_BTV, digests = run(model, input_BT), digest_weights(model)
+    else:
+        running, info = stream_folder(folder)
+        input_BT = probe_tokens(read_config(folder)) if probe is None else probe.input_BT
+        logits_BTV = running.logits(input_BT)
+        running.finish()
+        digests = running.digests
     faults = [f"{kind}: {_few(sorted(map(str, found)))}" for kind, found in sorted(info.items()) if found]
-    yield Check("reload", not faults, "; ".join(faults) if faults else "nothing missing, unexpected or mismatched")
+    how = "" if whole else f", {LAYERWISE}"
+    yield Check(
+        "reload", not faults, "; ".join(faults) if faults else f"nothing missing, unexpected or mismatched{how}"
+    )
     if probe is not None:
-        yield check_digests("weights", probe.weights, digest_weights(model))
-    wanted = probe if probe is not None else take_probe(model, {})
-    with torch.inference_mode():
-        logits_BTV = model(input_ids=wanted.input_BT).logits
+        yield check_digests("weights", probe.weights, digests)
     if not torch.isfinite(logits_BTV).all():
         yield Check("logits", False, "NaN or Inf")
         return
     if probe is not None:
-        apart = (logits_BTV.float() - probe.logits_BTV.float()).abs().max().item()
-        same = torch.equal(logits_BTV, probe.logits_BTV)
-        yield Check("logits", same, "bit-equal to the in-memory model" if same else f"differ by up to {apart:.3g}")
-    yield _check_sample(model, wanted)
+        yield _compare_logits(logits_BTV, probe.logits_BTV)
+    yield _check_sample(model, input_BT) if whole else _check_next(logits_BTV)
 
 
-def _check_sample(model: PreTrainedModel, probe: Probe) -> Check:
+def _compare_logits(found_BTV: Tensor, wanted_BTV: Tensor) -> Check:
+    apart = (found_BTV.float() - wanted_BTV.float()).abs().max().item()
+    same = torch.equal(found_BTV, wanted_BTV)
+    return Check("logits", same, "bit-equal to the in-memory model" if same else f"differ by up to {apart:.3g}")
+
+
+def _check_next(logits_BTV: Tensor) -> Check:
+    """A sample that costs no further pass over the files."""
+    return Check("generation", True, f"greedy next tokens {logits_BTV[:, -1].argmax(-1).tolist()}")
+
+
+def _check_sample(model: PreTrainedModel, input_BT: Tensor) -> Check:
     with torch.inference_mode():
-        prompt = probe.input_BT[:1, :8]
+        prompt = input_BT[:1, :8]
         tokens = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=0)
     sample = tokens[0, prompt.shape[1] :].tolist()
     vocabulary = model.config.get_text_config().vocab_size

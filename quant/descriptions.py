@@ -83,6 +83,7 @@ def foretell(options: argparse.Namespace, plan: "Plan", calibration: "Calibratio
         "row_tokens": row_tokens,
         "estimated_peak_bytes": estimate.peak_bytes,
         "estimated_gate_bytes": estimate.gate_bytes,
+        "checked": "whole" if estimate.whole else "layer by layer",
         "estimated_seconds": round(estimate.seconds, 1),
     }
 
@@ -93,7 +94,7 @@ def describe_work(result: dict[str, Any]) -> str:
     read = f", {rows} rows of {result['row_tokens']} tokens or more" if rows else ""
     return "\n".join([
         f"method    {result['method']}{read}",
-        f"memory    about {size(result['estimated_peak_bytes'])} at most while quantising, "
-        f"{size(result['estimated_gate_bytes'])} for the gate's two models",
+        f"memory    about {size(result['estimated_peak_bytes'])} at most, and {size(result['estimated_gate_bytes'])} "
+        f"in the gate's process, which checks {result['checked']}",
         f"time      about {result['estimated_seconds']:,.0f} s on this machine, without reading and checking",
     ])  # fmt: skip

@@ -19,16 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from herd.run.errors import DataError
 from herd.run.files import disk_faults, fresh_folder, replace_folder, require_space
 from herd.run.lineage import model_card, write_lineage
-from quant.architectures import LLAMA4, architecture
+from quant.architectures import LLAMA4, architecture, bf16_bytes
+from quant.checks import LAYERWISE
 from quant.gate_process import GateProcess
+from quant.memory import WHOLE_SHARE, fits
 from quant.plans import Plan
-from quant.probes import take_probe
+from quant.probes import Probe, take_probe
 from quant.quantized import QuantizedModel
 from quant.readers import GGUF, limit
 from quant.reports import Report
 from quant.sections import section
 from quant.shards import SHARD_BYTES, write_shards
 from quant.sources import read_config
+from quant.streaming import stream_probe
 from quant.target import check_target, finished_layers, unfinished
 from quant.tensor_files import TensorFiles
 
@@ -97,13 +100,13 @@ def _write(
         # From a folder, tensors are made as they are written; the model is then filled with the written ones, whose
         # bytes the gate compares with the digests of those that were made.
         written = quantized if quantized.folder is None else replace(quantized, tensors=TensorFiles(folder))
-    report = gate.inspect(folder, take_probe(written.model, digests))
+    report = gate.inspect(folder, probe_of(written, digests))
     if not report.passed:
         raise DataError(f"export gate refused {name}: {report.reason}; nothing was written")
     (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1, sort_keys=True) + "\n")
     origin = quantized.folder.resolve().name if quantized.folder else architecture(plan.config)
     facts = {"role": "export", "name": name, "scheme": plan.allocation.label, "base_model": origin} | dict(lineage)
-    facts["method"] = quantized.method
+    facts |= {"method": quantized.method, "checked": report.facts["checked"]}
     if quantized.coverage is not None:
         coverage = quantized.coverage()
         (folder / COVERAGE).write_text(json.dumps(coverage, indent=1) + "\n")
@@ -111,6 +114,13 @@ def _write(
     write_lineage(folder, **facts)
     model_card(folder, card_facts(plan, facts))
     return report
+
+
+def probe_of(quantized: QuantizedModel, digests: dict[str, str]) -> Probe:
+    """What the export must compute, from the model at once or, where it is large, from one layer at a time."""
+    if fits(bf16_bytes(quantized.plan.config)):
+        return take_probe(quantized.model, digests)
+    return stream_probe(quantized.plan, quantized.tensors, digests)
 
 
 def _write_tokenizer(quantized: QuantizedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -161,7 +171,8 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _CHOSEN.get(facts.get("method", "rtn"), _NEAREST)
     limits = "\n\n".join(dict.fromkeys(_LIMITS[scheme.name] for scheme in plan.allocation.schemes))
     limits = limits.replace(_NEAREST, chosen)
-    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}"
+    checked = LAYERS_CHECKED if facts.get("checked") == LAYERWISE else ""
+    limits = f"Left in bf16, with norms and embeddings:\n\n{kept}\n\n{limits}{unreadable(plan)}{checked}"
     sizes = {
         "bits per quantised weight": round(plan.bits_per_quantised_weight, 4),
         "bits per weight, everything counted": round(plan.bits_per_weight, 4),
@@ -173,6 +184,10 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     return known | dict(facts) | {"metrics": sizes | dict(facts.get("metrics") or {})}
 
 
+LAYERS_CHECKED = (
+    "\n\nThe export was read back layer by layer, through transformers' loader, and compared bit for bit: the model is "
+    f"too large to be loaded whole for that (more than {WHOLE_SHARE:.1%} of the memory of the machine it was made on)."
+)
 _NEAREST = "Weights are rounded to nearest with a searched scale per group; no calibration data was used. "
 _CHOSEN = {
     "hqq": "Scales (and zeros) were fitted by half-quadratic quantisation; no calibration data was used. ",

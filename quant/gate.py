@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
 from herd.run.errors import DONE, DataError, HerdError
+from quant.memory import fits, spare_memory
 from quant.readers import GGUF
 from quant.reports import Check, Report
 
@@ -23,23 +24,27 @@ if TYPE_CHECKING:
     from quant.probes import Probe
 
 
-def inspect(folder: Path, probe: "Probe | None" = None) -> Report:
-    """Check a folder in this process; without a probe, all but the comparison with the in-memory model."""
+def inspect(folder: Path, probe: "Probe | None" = None, *, whole: bool | None = None) -> Report:
+    """Check a folder in this process; without a probe, all but the comparison with the in-memory model.
+
+    whole: load the model at once (else one layer at a time); by default where it is small (`quant.memory.fits`).
+    """
     from quant.checks import digest_files
 
     checks: list[Check] = []
     facts: dict[str, Any] = {}
     try:
-        for check in _inspect(folder, probe, facts):
+        for check in _inspect(folder, probe, facts, whole):
             checks.append(check)
     except HerdError as error:
         checks.append(Check("readable", False, str(error)))
     return Report(checks, facts, digest_files(folder))
 
 
-def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iterator[Check]:
+def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any], whole: bool | None) -> Iterator[Check]:
     """Cheapest first; a folder whose layout is wrong is not loaded."""
     from quant import checks
+    from quant.architectures import bf16_bytes
     from quant.sources import read_config
 
     if probe is None:
@@ -64,7 +69,9 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any]) -> Iter
             layout.append(checks.check_digests("stored bytes", probe.stored, checks.digest_stored(folder)))
     yield from layout
     if all(check.passed for check in layout):
-        yield from checks.run_checks(folder, probe)
+        whole = fits(bf16_bytes(config)) if whole is None else whole
+        facts["checked"] = "whole" if whole else checks.LAYERWISE
+        yield from checks.run_checks(folder, probe, whole=whole)
 
 
 def serve(threads: int) -> None:
@@ -82,6 +89,7 @@ def serve(threads: int) -> None:
 
 def _prepare(threads: int) -> None:
     """Do the slow imports at once (the client still quantises), and silence what is not a finding."""
+    spare_memory()
     import torch
     import transformers
 

@@ -10,15 +10,18 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import decompress_module
+from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedModel
+from transformers.integrations import dequantize_and_replace
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
@@ -54,47 +57,74 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         from quant.gguf.reading import load_gguf
 
         return load_gguf(folder), {}
-    try:
-        # The libraries draw progress bars on stderr, and warn that `dequantize` is followed.
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            model, info = model_class(config).from_pretrained(
-                folder,
-                dtype=torch.bfloat16,
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-                **_settings(section),
-            )
-            _unpack(model, section)
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    container = Container(section)
+    with reading(folder):
+        model, info = container.from_pretrained(model_class(config), folder, output_loading_info=True)
+        container.prepare(model)
+        container.unpack(model)
     return model.eval().requires_grad_(False), info
 
 
-def _settings(section: dict[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` must be told for a container, so that weights end up unpacked on the CPU everywhere."""
-    if section["quant_method"] == "bitsandbytes":
-        return {"device_map": {"": "cpu"}}
-    if section["quant_method"] == "fp8":
-        kept = section["modules_to_not_convert"]
-        return {"quantization_config": FineGrainedFP8Config(dequantize=True, modules_to_not_convert=kept)}
-    # compressed-tensors (0.20) expects packed zeros in another shape than it writes, unless it unpacks while loading.
-    asymmetric = any(not group["weights"]["symmetric"] for group in section.get("config_groups", {}).values())
-    return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """DataError under the folder's name for what libraries find wrong with its content; their other words unsaid."""
+    try:
+        # They draw progress bars on stderr, and warn that `dequantize` is followed.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 
-def _unpack(model: PreTrainedModel, section: dict[str, Any]) -> None:
-    """Turn the layers into plain bf16 ones, by the library of the container."""
-    if section["quant_method"] == "compressed-tensors":
-        if hasattr(model, "hf_quantizer"):  # else they were unpacked while they were loaded
-            model.hf_quantizer.compressor.decompress_model(model)
-        keep_tokens_apart(model)
-    elif section["quant_method"] == "bitsandbytes":
-        model.dequantize(dtype=torch.bfloat16)
-    else:  # fine-grained fp8 is unpacked while it loads; on a GPU its activations are rounded
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name not in section["modules_to_not_convert"]:
-                round_inputs(module, fake_quantise_groups)
+class Container:
+    """How the library of a container reads it: by its `quantization_config`."""
+
+    def __init__(self, section: dict[str, Any]):
+        self._section = section
+        self._method = section["quant_method"]
+
+    def from_pretrained(self, kind: type[PreTrainedModel], folder: Path, **more: Any) -> Any:
+        """transformers' own loader, told what it takes for weights to end up unpacked on the CPU everywhere."""
+        return kind.from_pretrained(
+            folder, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False, **self._settings(), **more
+        )
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Add the rounding of activations that the libraries do not do on a CPU (`keep_tokens_apart`), in place."""
+        if self._method == "compressed-tensors":
+            if hasattr(model, "hf_quantizer"):
+                model.hf_quantizer.compressor.remove_decompression_hook(model)  # `unpack` comes before a forward
+            keep_tokens_apart(model)
+        elif self._method == "fp8":  # unpacked while it loads; on a GPU its activations are rounded
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear) and name not in self._section["modules_to_not_convert"]:
+                    round_inputs(module, fake_quantise_groups)
+
+    def unpack(self, model: PreTrainedModel, part: nn.Module | None = None) -> None:
+        """Turn the layers of a part (all of the model) that has its weights into plain bf16 ones, in place."""
+        if self._method == "compressed-tensors" and hasattr(model, "hf_quantizer"):  # else done while loading
+            compressor = model.hf_quantizer.compressor
+            if part is None:
+                compressor.decompress_model(model)
+            for module in part.modules() if part is not None else ():  # the same, less what it does for accelerate
+                if is_module_quantized(module):
+                    decompress_module(module, compressor.force_compression_format)
+        elif self._method == "bitsandbytes" and part is None:
+            model.dequantize(dtype=torch.bfloat16)
+        elif self._method == "bitsandbytes" and any(type(module).__name__ == "Linear4bit" for module in part.modules()):
+            settings = model.hf_quantizer.quantization_config
+            dequantize_and_replace(part, quantization_config=settings, dtype=torch.bfloat16)
+
+    def _settings(self) -> dict[str, Any]:
+        if self._method == "bitsandbytes":
+            return {"device_map": {"": "cpu"}}
+        if self._method == "fp8":
+            kept = self._section["modules_to_not_convert"]
+            return {"quantization_config": FineGrainedFP8Config(dequantize=True, modules_to_not_convert=kept)}
+        # compressed-tensors (0.20) expects packed zeros in another shape than it writes, unless it unpacks on loading.
+        groups = self._section.get("config_groups", {}).values()
+        asymmetric = any(not group["weights"]["symmetric"] for group in groups)
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
 
 
 def round_inputs(module: nn.Module, rounding: Callable[[Tensor], Tensor] | None) -> RemovableHandle | None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quant.shards import tensor_bytes
 
@@ -46,13 +46,21 @@ class Probe:
 
 def take_probe(model: PreTrainedModel, stored: dict[str, str]) -> Probe:
     """Run fixed pseudo-random tokens through the in-memory quantised model."""
-    text = model.config.get_text_config()
+    input_BT = probe_tokens(model.config)
+    return Probe(input_BT, run(model, input_BT).clone(), stored, digest_weights(model))
+
+
+def probe_tokens(config: PretrainedConfig) -> Tensor:
+    """Fixed pseudo-random tokens [B, T]."""
+    text = config.get_text_config()
     length = min(TOKENS, text.max_position_embeddings)
-    tokens = torch.Generator().manual_seed(0)
-    input_BT = torch.randint(0, text.vocab_size, (ROWS, length), generator=tokens)
-    with torch.inference_mode():
-        logits_BTV = model(input_ids=input_BT).logits
-    return Probe(input_BT, logits_BTV.clone(), stored, digest_weights(model))
+    return torch.randint(0, text.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def run(model: PreTrainedModel, input_BT: Tensor) -> Tensor:
+    """The model's logits [B, T, V]."""
+    return model(input_ids=input_BT, use_cache=False).logits
 
 
 def digest_weights(model: PreTrainedModel) -> dict[str, str]:

@@ -141,10 +141,14 @@ def fake_quantised(plan: Plan, tensors: Mapping[str, Tensor]) -> PreTrainedModel
     state = {name: tensors[name] for name in plan.kept}
     roundings = {}
     for layer in plan.layers:
-        stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in layer.scheme.stored(layer.shape)}
-        state[f"{layer.name}.weight"] = layer.scheme.decompress(stored)
-        roundings[layer.name] = layer.scheme.format.input_rounding(stored)
+        state[f"{layer.name}.weight"], roundings[layer.name] = values_of(tensors, layer)
     model = assemble(plan.config, state)
     for name, rounding in roundings.items():
         round_inputs(model.get_submodule(name), rounding)
     return model.eval().requires_grad_(False)
+
+
+def values_of(tensors: Mapping[str, Tensor], layer: Layer) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """The bf16 weight [N, K] that a layer's stored tensors stand for, and how it rounds its input, if it does."""
+    stored = {suffix: tensors[f"{layer.name}.{suffix}"] for suffix in layer.scheme.stored(layer.shape)}
+    return layer.scheme.decompress(stored), layer.scheme.format.input_rounding(stored)

@@ -22,6 +22,7 @@ from quant.architectures import SUPPORTED, architecture, build_skeleton
 from quant.loading import route_experts
 from quant.plans import Plan
 from quant.sources import Source
+from quant.units import derive_buffers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -103,7 +104,7 @@ class Decoder:
         weight_VH = torch.empty(embedding.weight.shape, dtype=torch.bfloat16)
         used_U = tokens_BT.unique()
         weight_VH[used_U] = self._source.read_rows(f"{name}.weight", used_U).to(torch.bfloat16)
-        self._fill_buffers(embedding)
+        derive_buffers(self._skeleton, embedding)
         return torch.func.functional_call(embedding, {"weight": weight_VH}, (tokens_BT,))
 
     def _check_chain(self, catchers: nn.ModuleList) -> None:
@@ -132,16 +133,7 @@ class Decoder:
             if prefix + name in self._plan.kept:
                 owner = module.get_submodule(name.rpartition(".")[0])
                 owner.register_buffer(name.rpartition(".")[2], self._plan.read_kept(self._source, prefix + name))
-        self._fill_buffers(module)
-
-    def _fill_buffers(self, module: nn.Module) -> None:
-        """Work out buffers that are not stored (rotary frequencies, for one) as transformers does on loading."""
-        for part in module.modules():
-            derived = [name for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
-            for name in derived:
-                setattr(part, name, torch.empty_like(getattr(part, name), device="cpu"))
-            if derived:
-                self._skeleton._init_weights(part)
+        derive_buffers(self._skeleton, module)
 
 
 class Catcher(nn.Module):

@@ -11,35 +11,42 @@ from math import prod
 
 import torch
 
-from quant.architectures import EXPERT_BANK
+from quant.architectures import EXPERT_BANK, bf16_bytes
 from quant.calibration.rows import BATCH_TOKENS
 from quant.calibration.stages import input_key, stages
 from quant.calibration.walk import HESSIANS, WEIGHTS
+from quant.memory import fits
 from quant.methods.method import Method
-from quant.plans import Plan
+from quant.plans import Plan, header_bytes
 
-PROCESS_BYTES = 700 * 10**6  # Python with torch and transformers
+PROCESS_BYTES = 750 * 10**6  # Python with torch and transformers, and what they hold while they compute
 SEARCH_NS = 40  # of one weight's scale, on one core
 
 
 @dataclass(frozen=True)
 class Estimate:
     peak_bytes: int
-    """Of the quantising process; the gate afterwards holds the model in bf16, twice."""
+    """Of the quantising process, which also works out what the export must compute."""
     seconds: float
     gate_bytes: int
+    """Of the gate's process: the model, or one layer of it, packed and unpacked."""
+    whole: bool
+    """Both hold the model at once for the check, not one layer."""
 
 
 def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting: int, memory_bytes: int) -> Estimate:
     """Memory and time of quantising. counting: rows run through the whole model once to count tokens of experts."""
-    gate_bytes = 2 * 2 * plan.all_weights
+    layer_bytes, hessian_bytes = _largest_layer(plan)
+    model_bytes = bf16_bytes(plan.config)
+    whole = fits(model_bytes)
+    checked = model_bytes if whole else max(layer_bytes, *map(header_bytes, plan.kept.values()))
+    gate_bytes = PROCESS_BYTES + int(checked * (1 + plan.bits_per_quantised_weight / 16))
     largest = max(prod(layer.shape) for layer in plan.layers)
     search_s = plan.quantised_weights * SEARCH_NS * 1e-9 / torch.get_num_threads()
     if not method.calibrated:
-        return Estimate(PROCESS_BYTES + 16 * largest, search_s, gate_bytes)
-    layer_bytes, hessian_bytes = _largest_layer(plan)
+        return Estimate(PROCESS_BYTES + max(16 * largest, checked), search_s, gate_bytes, whole)
     streams = 2 if method.corrects else 1
-    held = PROCESS_BYTES + streams * layer_bytes + min(memory_bytes, hessian_bytes) + 64 * BATCH_TOKENS * _width(plan)
+    held = streams * layer_bytes + min(memory_bytes, hessian_bytes) + 64 * BATCH_TOKENS * _width(plan)
     tokens = rows * row_tokens
     passes = streams * (len(stages(layer.name for layer in plan.layers)) + 1)
     share = _active_share(plan)
@@ -53,7 +60,8 @@ def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting:
             inputs[input_key(layer.name)] = columns
             solving += 2 * columns**2 * tokens * (_expert_share(plan) if expert else 1) * streams + 3 * columns**3
         solving += 14 * width * columns**2
-    return Estimate(held, search_s + (forward + solving) / _flops(), gate_bytes)
+    seconds = search_s + (forward + solving) / _flops()
+    return Estimate(PROCESS_BYTES + max(held, checked), seconds, gate_bytes, whole)
 
 
 def _width(plan: Plan) -> int:

@@ -9,12 +9,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from torch import nn
 from transformers import PretrainedConfig
 
 from quant.architectures import build_skeleton
-from quant.gguf.reading import MODEL, described, entries_of, open_gguf, read_headers, read_values
+from quant.gguf.reading import MODEL, described, entries_of, open_gguf, read_headers, read_values, release
 from quant.gguf.writing import describe_model
 from quant.readers import GGUF, readers
 from quant.reports import Check
@@ -29,12 +30,18 @@ def layout_checks(
     yield _check_values(folder, config, read_values(reader))
     yield _check_tensors(config, scheme, read_headers(reader), facts)
     if stored is not None:
-        found = {
-            tensor.name: hashlib.sha256(np.ascontiguousarray(tensor.data)).hexdigest() for tensor in reader.tensors
-        }
+        found = _digest_tensors(reader)
         differing = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
         detail = f"{differing[0]} differs from the in-memory model" if differing else f"{len(found)} tensors identical"
         yield Check("stored bytes", not differing, detail)
+
+
+def _digest_tensors(reader: gguf.GGUFReader) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    for tensor in reader.tensors:
+        digests[tensor.name] = hashlib.sha256(np.ascontiguousarray(tensor.data)).hexdigest()
+        release(reader)
+    return digests
 
 
 def _check_values(folder: Path, config: PretrainedConfig, values: dict[str, Any]) -> Check:

@@ -4,6 +4,8 @@ model = load_gguf(folder)                       # config.json beside the file sa
 values = read_values(folder / MODEL)            # key -> content;  headers = read_headers(...)
 """
 
+import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,44 @@ def entries_of(config: PretrainedConfig) -> list[Entry]:
 
 def load_gguf(folder: Path) -> PreTrainedModel:
     """The model in evaluation mode, one module an expert; DataError when a tensor is missing or of another shape."""
-    config = read_config(folder)
-    found = {tensor.name: tensor for tensor in open_gguf(folder / MODEL).tensors}
-    state: dict[str, Tensor] = {}
-    for entry in entries_of(config):
-        tensor = found.get(entry.name)
-        if tensor is None or tensor.tensor_type.name != entry.kind or tensor.n_elements != np.prod(entry.shape):
-            raise DataError(f"{folder / MODEL}: {entry.name} is missing or not {entry.kind} {list(entry.shape)}")
-        if entry.name != ROPE_FACTORS:
+    values = GgufValues(folder)
+    return assemble(values.config, values.of(values.names)).eval().requires_grad_(False)
+
+
+class GgufValues:
+    """The model's tensors that a file holds; DataError when one is missing or of another shape."""
+
+    def __init__(self, folder: Path):
+        self.config = read_config(folder)
+        self._reader = open_gguf(folder / MODEL)
+        found = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._sources: dict[str, tuple[Entry, gguf.ReaderTensor]] = {}
+        for entry in entries_of(self.config):
+            tensor = found.get(entry.name)
+            if tensor is None or tensor.tensor_type.name != entry.kind or tensor.n_elements != np.prod(entry.shape):
+                raise DataError(f"{folder / MODEL}: {entry.name} is missing or not {entry.kind} {list(entry.shape)}")
+            if entry.name != ROPE_FACTORS:
+                self._sources |= dict.fromkeys(entry.sources, (entry, tensor))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of all tensors, as the model has them."""
+        return self._sources.keys()
+
+    def of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the named tensors that the file holds, with all that are stacked with one of them."""
+        asked = map(self._sources.get, self._sources.keys() & set(names))
+        entries = {entry.name: (entry, tensor) for entry, tensor in asked}
+        state: dict[str, Tensor] = {}
+        for entry, tensor in entries.values():
             state |= values_of(entry, tensor.data)
-    return assemble(config, state).eval().requires_grad_(False)
+            release(self._reader)
+        return state
+
+
+def release(reader: gguf.GGUFReader) -> None:
+    """Let go of the pages of the mapped file that were read: they count as this process's memory otherwise."""
+    reader.data.base.madvise(mmap.MADV_DONTNEED)
 
 
 def values_of(entry: Entry, data: np.ndarray) -> dict[str, Tensor]:

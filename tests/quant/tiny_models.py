@@ -6,7 +6,15 @@ model = BUILDERS["scout"]()
 from typing import Any
 
 import torch
-from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 
 def build_llama4(*, moe_every: int, **changes: Any) -> Llama4ForCausalLM:
@@ -31,6 +39,19 @@ def build_llama(*, tied: bool = False, **changes: Any) -> LlamaForCausalLM:
     }  # fmt: skip
     config = LlamaConfig(**settings | changes)
     return _randomised(LlamaForCausalLM(config))
+
+
+def build_multimodal() -> PreTrainedModel:
+    """A Llama 4 with a vision tower, as Scout and Maverick are published."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    text = build_llama4(moe_every=2).config.to_dict()
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model.eval()
 
 
 def _randomised(model: PreTrainedModel) -> PreTrainedModel:

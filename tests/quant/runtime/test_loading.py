@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Llama4Config, Llama4ForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 import quant
 from herd.llama4.balance import RouterTap
@@ -20,7 +20,7 @@ from quant.runtime.int8 import Int8
 from quant.runtime.linears import Linear
 from quant.runtime.loading import load
 from tests.quant.runtime.conftest import SCHEMES
-from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama, build_llama4
+from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama, build_multimodal
 
 KINDS = {"int4": Int4, "int8": Int8, "fp8": Fp8}
 
@@ -194,19 +194,6 @@ def test_a_scheme_without_a_kernel_is_unpacked_and_said_so(models, gate, tokens_
     )
     assert not any(isinstance(module, Linear) for module in model.modules())
     assert torch.equal(logits(model, tokens_BT), logits(load_reference(tmp_path / "out"), tokens_BT))
-
-
-def build_multimodal() -> PreTrainedModel:
-    """A Llama 4 with a vision tower, as Scout and Maverick are published."""
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
-    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
-    text = build_llama4(moe_every=2).config.to_dict()
-    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model.eval()
 
 
 @pytest.mark.parametrize("build", [lambda: build_llama(tied=True), build_multimodal])
