@@ -186,7 +186,7 @@ def card_facts(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 LAYERS_CHECKED = (
     "\n\nThe export was read back layer by layer, through transformers' loader, and compared bit for bit: the model is "
-    f"too large to be loaded whole for that (more than {WHOLE_SHARE:.1%} of the memory of the machine it was made on)."
+    f"too large to be loaded whole for that (more than {WHOLE_SHARE:.2%} of the memory of the machine it was made on)."
 )
 _NEAREST = "Weights are rounded to nearest with a searched scale per group; no calibration data was used. "
 _CHOSEN = {
