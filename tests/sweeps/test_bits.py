@@ -151,7 +151,7 @@ def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path, 
         (["--choices", "int8"], "give two different ones at least"),
         (["--choices", "int4-g128", "int8"], "do not divide by group_size 128"),
         (["--trials", "0"], "--trials 0: must be 1 or more"),
-        (["--around", "int4"], "--around int4: use bf16 or one of --choices"),
+        (["--bits", "6", "--around", "int4"], "--around int4: use bf16 or one of --choices"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(model, tmp_path, capsys, more, fault):
