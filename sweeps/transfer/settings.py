@@ -61,9 +61,9 @@ def grown(base: Scale, along: Along, factor: int) -> Scale:
 class Coordinates(Section):
     """Mean sizes of activations over a few steps at a large rate."""
 
-    rate: float = Field(2**-5, gt=0.0)
-    steps: int = Field(4, gt=0)
-    seeds: int = Field(3, gt=0)
+    rate: float = Field(2**-6, gt=0.0)
+    steps: int = Field(10, gt=0)
+    seeds: int = Field(5, gt=0)
     rows: int = Field(8, gt=0)
 
 
