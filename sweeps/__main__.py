@@ -9,17 +9,22 @@ from pathlib import Path
 from herd.run import cli
 from herd.run.errors import ConfigError
 from sweeps import settings
+from sweeps.transfer import command
 
 DESCRIPTION = """Search over a configuration: every trial is a real training run in its own process and folder.
 The same command again goes on with a study; on another machine, with a shared storage, it joins in."""
 EXAMPLES = (
     "python -m sweeps --study configs/sweeps/rates.yaml --workers 2",
     "python -m sweeps --study configs/sweeps/weighting.yaml --trials 40 --set sampler.kind=gp --dry-run",
+    "python -m sweeps transfer --dry-run       (do settings of a small model hold on a large one? see its --help)",
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["transfer"]:
+        return command.main(words[1:])
     parser = cli.parser("sweeps", description=DESCRIPTION, examples=EXAMPLES, config=False)
     add = parser.add_argument
     add("--study", required=True, type=Path, metavar="FILE", help="YAML of the study")

@@ -151,7 +151,9 @@ class Study(Section):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
     path = Path(path)
-    tree = {"name": path.stem} | read_tree(path, wanted="a study has name, base, space, objectives, ...", flag="--study")
+    tree = {"name": path.stem} | read_tree(
+        path, wanted="a study has name, base, space, objectives, ...", flag="--study"
+    )
     return fill(Study, tree, overrides, where=str(path))
 
 

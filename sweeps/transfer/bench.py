@@ -25,7 +25,7 @@ from herd.llama4.transfer import Horizon, Rule, betas, scale_weights, scales
 from herd.run.errors import Interrupted
 from herd.run.schema import Data, Tokenizer
 from sweeps.stopping import Stop
-from sweeps.transfer.settings import GRID_STEP, Scale, TransferCheck
+from sweeps.transfer.settings import GRID_STEP, Scale, TransferCheck, shape
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ class Bench:
 
     def identity(self, point: Point) -> dict[str, Any]:
         """All that decides a point's loss, as JSON: what its file is found by."""
-        about = {"source", "overrides", "vocab_size", "sequence_length", "heldout_rows", "balance"}
-        found = self.settings.model_dump(mode="json", include=about)
-        found |= {"optim": self.settings.optim.model_dump(mode="json", exclude={"lr"}), "rows": self.fingerprint}
+        found = self.common_identity()
         arm = point.arm
         if arm.ruled:
             found["base"] = arm.base.model_dump()
@@ -157,19 +155,21 @@ class Bench:
                 found["horizon_exponent"] = self.settings.horizon_exponent
         return found | {"size": arm.size.model_dump(), "rung": point.rung, "seed": point.seed}
 
+    def coordinate_identity(self) -> dict[str, Any]:
+        """The same of the coordinate checks."""
+        about = {"coordinates", "depth_exponent"}
+        found = self.common_identity() | self.settings.model_dump(mode="json", include=about)
+        return found | {
+            along: grid.model_dump(include={"base", "factors"})
+            for along, grid in self.settings.grids.items()
+            if along in ("width", "depth")
+        }
 
-def shape(settings: TransferCheck, size: Scale) -> dict[str, Any]:
-    """Overrides that make a model of the spec that wide and deep: heads grow in number, experts in width."""
-    head_dim = settings.overrides.get("head_dim") or find_spec(settings.source).text["head_dim"]
-    heads = size.width // head_dim
-    return settings.overrides | {
-        "hidden_size": size.width,
-        "intermediate_size": size.width,
-        "intermediate_size_mlp": 2 * size.width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2),
-        "num_hidden_layers": size.depth,
-    }
+    def common_identity(self) -> dict[str, Any]:
+        """What all points of a check have in common."""
+        about = {"source", "overrides", "vocab_size", "sequence_length", "heldout_rows", "balance"}
+        found = self.settings.model_dump(mode="json", include=about)
+        return found | {"optim": self.settings.optim.model_dump(mode="json", exclude={"lr"}), "rows": self.fingerprint}
 
 
 def cross_entropy(model: Llama4ForCausalLM, batch: Batch) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from herd.llama4.specs import find_spec
+from herd.run.errors import ConfigError
 from herd.run.schema import Optim, Tracking
 from herd.run.section import Name, Section
 from sweeps.settings import fill, read_tree
@@ -122,3 +124,31 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> TransferCheck:
     else:  # whole, so that an override of one field leaves those beside it
         tree = TransferCheck().model_dump(mode="json")
     return fill(TransferCheck, tree, overrides, where=str(path or "transfer"))
+
+
+def shape(check: TransferCheck, size: Scale) -> dict[str, Any]:
+    """Overrides that make a model of the spec that wide and deep: heads grow in number, experts in width."""
+    head_dim = {**find_spec(check.source).text, **check.overrides}["head_dim"]
+    heads = size.width // head_dim
+    return check.overrides | {
+        "hidden_size": size.width,
+        "intermediate_size": size.width,
+        "intermediate_size_mlp": 2 * size.width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "num_hidden_layers": size.depth,
+    }
+
+
+def check_models(check: TransferCheck) -> None:
+    """Raise ConfigError for sizes that make no model of the spec, before anything is trained."""
+    spec = find_spec(check.source)
+    for along, grid in check.grids.items():
+        for size in grid.sizes(along):
+            overrides = shape(check, size)
+            if not overrides["num_attention_heads"] or size.width % overrides["head_dim"]:
+                raise ConfigError(
+                    f"grids.{along}: width {size.width} is not a multiple of head_dim = {overrides['head_dim']}; "
+                    "change base.width, or overrides.head_dim"
+                )
+            spec.config(vocab_size=check.vocab_size, pad_token_id=None, **overrides)
