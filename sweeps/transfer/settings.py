@@ -65,7 +65,7 @@ class Coordinates(Section):
 
     rate: float = Field(2**-6, gt=0.0)
     steps: int = Field(10, gt=0)
-    seeds: int = Field(5, gt=0)
+    seeds: int = Field(3, gt=0)
     rows: int = Field(8, gt=0)
 
 
