@@ -158,12 +158,7 @@ class Bench:
     def coordinate_identity(self) -> dict[str, Any]:
         """The same of the coordinate checks."""
         about = {"coordinates", "depth_exponent"}
-        found = self.common_identity() | self.settings.model_dump(mode="json", include=about)
-        return found | {
-            along: grid.model_dump(include={"base", "factors"})
-            for along, grid in self.settings.grids.items()
-            if along in ("width", "depth")
-        }
+        return self.common_identity() | self.settings.model_dump(mode="json", include=about)
 
     def common_identity(self) -> dict[str, Any]:
         """What all points of a check have in common."""

@@ -14,6 +14,7 @@ DESCRIPTION = """Check that settings found on a small model hold on a larger one
 learning rate, over width, depth, batch and tokens. The same command again goes on with what is there."""
 EXAMPLES = (
     "python -m sweeps transfer --config configs/sweeps/transfer/smoke.yaml",
+    "python -m sweeps transfer --set grids={}                    (coordinate checks alone)",
     "python -m sweeps transfer --set seeds=5 --out runs/sweeps/transfer --dry-run",
 )
 

@@ -50,14 +50,12 @@ class Coordinate:
 
 
 def check(bench: Bench, stop: Stop) -> list[Coordinate]:
-    """Measure the sizes of the width and depth grids. Raises Interrupted when asked to stop."""
+    """Measure all sizes, under the rules and without. Raises Interrupted when asked to stop."""
     settings = bench.settings
     found = []
-    for along, grid in settings.grids.items():
-        if along not in ("width", "depth"):
-            continue
+    for along, grid in settings.coordinates.grids.items():
         for factor, size in zip(grid.factors, grid.sizes(along), strict=True):
-            for ruled in (True, False):
+            for ruled in (True, False)[: 2 if grid.standard else 1]:
                 for seed in range(settings.coordinates.seeds):
                     arm = Arm(grid.base, size, ruled)
                     for step, kinds in enumerate(_trajectory(bench, arm, seed, stop)):

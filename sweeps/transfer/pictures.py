@@ -35,15 +35,16 @@ def draw(
             "Dashed: the base's best.",
             _rates(along, curves, findings, size),
         )
-    pictures["moves"] = (
-        "How the best rate moves",
-        "Fitted best rate against the base's, in grid steps of 2^0.5; points are seeds. Grey: one step either way.",
-        _moves(findings, size),
-    )
+    if findings:
+        pictures["moves"] = (
+            "How the best rate moves",
+            "Fitted best rate against the base's, in grid steps of 2^0.5; points are seeds. Grey: one step either way.",
+            _moves(findings, size),
+        )
     if coordinates:
         pictures["coordinates"] = (
             "Sizes of activations",
-            "Mean |x| after the last step by kind of module, against the base's.",
+            "Log2 of mean |x| after the last step, less the base's, by kind of module. Grey: within a factor of two.",
             _coordinates(coordinates, size),
         )
     return pictures

@@ -43,7 +43,8 @@ class Outcome:
 
     def table(self) -> str:
         """The findings as text, a line each."""
-        lines = [f"{'along':7} {'rules':8}  best rate by size, then its slope, move and cost of carrying over"]
+        head = f"{'along':7} {'rules':8}  best rate by size, then its slope, move and cost of carrying over"
+        lines = [head] if self.findings else []
         for finding in self.findings:
             rates = "  ".join(f"x{size.factor} {size.fitted:.4f}" for size in finding.sizes)
             lines.append(

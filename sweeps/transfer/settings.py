@@ -63,6 +63,11 @@ def grown(base: Scale, along: Along, factor: int) -> Scale:
 class Coordinates(Section):
     """Mean sizes of activations over a few steps at a large rate."""
 
+    grids: dict[Literal["width", "depth"], Grid] = {
+        "width": Grid(factors=[1, 2, 4, 8]),
+        "depth": Grid(base=Scale(depth=4), factors=[1, 2, 4]),
+    }
+    """Whose sizes; their steps are those below."""
     rate: float = Field(2**-6, gt=0.0)
     steps: int = Field(10, gt=0)
     seeds: int = Field(3, gt=0)
@@ -94,7 +99,7 @@ class TransferCheck(Section):
         "batch": Grid(base=Scale(rows=4, steps=400), factors=[1, 2, 4]),
         "tokens": Grid(factors=[1, 2, 4]),
     }
-    """`batch` keeps the tokens: steps shrink as rows grow. `tokens` grows the steps."""
+    """`batch` keeps the tokens: steps shrink as rows grow. `tokens` grows the steps. None: coordinate checks alone."""
     seeds: int = Field(3, gt=0)
     """Of weights and row order together; all points of a seed start alike and read alike."""
     bracket: int = Field(2, ge=1)
@@ -143,7 +148,7 @@ def shape(check: TransferCheck, size: Scale) -> dict[str, Any]:
 def check_models(check: TransferCheck) -> None:
     """Raise ConfigError for sizes that make no model of the spec, before anything is trained."""
     spec = find_spec(check.source)
-    for along, grid in check.grids.items():
+    for along, grid in [*check.grids.items(), *check.coordinates.grids.items()]:
         for size in grid.sizes(along):
             overrides = shape(check, size)
             if not overrides["num_attention_heads"] or size.width % overrides["head_dim"]:
