@@ -4,6 +4,8 @@ show(config, world_size=512, mfu=0.4) prints the resolved configuration and, for
 FLOPs per token, and what the herd does in a day. No device is touched and no data is read.
 """
 
+from collections.abc import Mapping
+
 import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
@@ -29,9 +31,14 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
     if config.tokenizer.path is not None:
         check_path(config.tokenizer.path)
     plans = plan_run(config, world_size=world_size)
+    print(dump(config))
+    show_plans(config, plans, world_size=world_size, mfu=mfu)
+
+
+def show_plans(config: Config, plans: Mapping[str, Plan], *, world_size: int, mfu: float) -> None:
+    """Print what `plan_run` made of every model, and what the herd costs."""
     micro_rows, accumulation = split_batch(config, world_size)
     tokens_per_step = config.batch.rows * config.data.sequence_length
-    print(dump(config))
     for name, made in plans.items():
         source = _models(config)[name].source
         print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")

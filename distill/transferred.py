@@ -5,7 +5,7 @@ transferred = carry_over(config, "scout", model)         # None without students
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from herd.llama4.source import is_spec
 from herd.llama4.specs import find_spec
@@ -28,6 +28,14 @@ def carry_over(config: Config, name: str, model: PreTrainedModel) -> Transferred
 
     Raises ConfigError for a model that is not fresh, or whose small form is of another kind.
     """
+    found = transferred_of(config, name, model.config.get_text_config())
+    if found is not None:
+        scale_weights(model, found.rules)
+    return found
+
+
+def transferred_of(config: Config, name: str, text: PretrainedConfig) -> Transferred | None:
+    """The same from the model's configuration alone."""
     settings = config.teacher if name == "teacher" else config.students[name]
     transfer = settings.transfer
     if transfer is None:
@@ -35,7 +43,6 @@ def carry_over(config: Config, name: str, model: PreTrainedModel) -> Transferred
     where = "teacher" if name == "teacher" else f"students.{name}"
     if not is_spec(settings.source):
         raise ConfigError(f"{where}.transfer: {settings.source} is trained already; leave transfer out")
-    text = model.config.get_text_config()
     tokens = {field: getattr(text, field) for field in TOKENS}
     small = find_spec(settings.source).config(**{**tokens, **settings.overrides, **transfer.overrides})
     step = config.batch.rows * config.data.sequence_length
@@ -46,5 +53,4 @@ def carry_over(config: Config, name: str, model: PreTrainedModel) -> Transferred
         exponent=transfer.horizon_exponent,
     )
     rules = scales(small, text, horizon, depth_exponent=transfer.depth_exponent)
-    scale_weights(model, rules)
     return Transferred(rules, betas(config.optim.betas, horizon))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from herd.run import cli
 from herd.run.errors import ConfigError
-from sweeps import settings
-from sweeps.bits import command
+from sweeps import scale, settings
+from sweeps.bits.command import main as allocate_bits
+from sweeps.transfer.command import main as check_transfer
 
 DESCRIPTION = """Search over a configuration: every trial is a real training run in its own process and folder.
 The same command again goes on with a study; on another machine, with a shared storage, it joins in."""
@@ -18,15 +19,17 @@ EXAMPLES = (
     "python -m sweeps --study configs/sweeps/rates.yaml --workers 2",
     "python -m sweeps --study configs/sweeps/weighting.yaml --trials 40 --set sampler.kind=gp --dry-run",
     "python -m sweeps bits --model DIR --out DIR2 --bits 4.5    (bits for each group of layers; see its --help)",
+    "python -m sweeps transfer --dry-run       (do settings of a small model hold on a large one?)",
+    "python -m sweeps scale --from configs/sweeps/rates.yaml --to configs/maverick.yaml     (carry them there)",
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command, or `bits`; returns its exit code."""
+    """Run the command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["bits"]:
-        asked = command.parse(words[1:])
-        return cli.main_guard(lambda: command.run(asked))
+    commands = {"bits": allocate_bits, "transfer": check_transfer, "scale": scale.main}
+    if words and words[0] in commands:
+        return commands[words[0]](words[1:])
     parser = cli.parser("sweeps", description=DESCRIPTION, examples=EXAMPLES, config=False)
     add = parser.add_argument
     add("--study", required=True, type=Path, metavar="FILE", help="YAML of the study")

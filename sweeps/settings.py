@@ -7,7 +7,7 @@ study = Study(name="rates", base="configs/nano.yaml", space={"optim.lr": Range(l
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from herd.run import config_text
 from herd.run.errors import ConfigError
 from herd.run.section import Name, Section
 
+Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("hyperband", "median")
 
 
@@ -150,34 +151,48 @@ class Study(Section):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
     path = Path(path)
+    tree = {"name": path.stem} | read_tree(
+        path, wanted="a study has name, base, space, objectives, ...", flag="--study"
+    )
+    return fill(Study, tree, overrides, where=str(path))
+
+
+def read_tree(path: Path, *, wanted: str, flag: str) -> dict[str, Any]:
+    """The mapping a YAML file holds; ConfigError naming the command's flag, or what was wanted."""
     try:
         tree = config_text.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --study takes the path of a YAML file") from None
+        raise ConfigError(f"{path}: no such file; {flag} takes the path of a YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no mapping; a study has name, base, space, objectives, ...")
-    tree.setdefault("name", path.stem)
+        raise ConfigError(f"{path}: holds no mapping; {wanted}")
+    return tree
+
+
+def fill(kind: type[Filled], tree: dict[str, Any], overrides: Sequence[str], *, where: str) -> Filled:
+    """A tree with `KEY=VALUE` overrides as a section of that kind; ConfigError, one line a fault."""
     for override in overrides:
         _override(tree, override)
     try:
-        return Study.model_validate_json(json.dumps(tree))
+        return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(path, error)) from None
+        raise ConfigError(_explain(where, error)) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise ConfigError(f"--set {override}: write it as KEY=VALUE, such as budget.trials=40")
+        raise ConfigError(f"--set {override}: write it as KEY=VALUE, such as seeds=3")
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {parent} has no fields of its own; give it as a whole")
     tree[last] = config_text.parse(text)
 
 
-def _explain(path: Path, error: ValidationError) -> str:
+def _explain(path: str, error: ValidationError) -> str:
     lines = []
     for fault in error.errors(include_url=False):
         where = ".".join(str(part) for part in fault["loc"] if part not in ("Range", "Choices"))

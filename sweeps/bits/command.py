@@ -1,7 +1,6 @@
 """The command `python -m sweeps bits`: its flags, and what it measures, writes and prints; torch only to run it.
 
-options = parse(["--model", "runs/nano/students/scout", "--out", "runs/bits"])
-run(options)
+main(["--model", "runs/nano/students/scout", "--out", "runs/bits"])          # returns the exit code
 """
 
 import argparse
@@ -14,6 +13,12 @@ from herd.run.files import disk_faults
 
 CHOICES = ("int4-g128", "int4-g64", "int4-g32", "int8", "fp8", "bf16")
 LEAST = {"trials": 1, "rows": 1, "check_rows": 2, "micro_rows": 1, "seed": 0, "sequence_length": 8}
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    options = parse(words)
+    return cli.main_guard(lambda: run(options))
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 pytest tests/launch/test_training.py            (two ranks on this machine; half a minute a run)
 """
 
+import json
 import os
 import random
 import shutil
@@ -11,19 +12,25 @@ import time
 
 import pytest
 
-from tests.launch.launcher import finish, kill_group, launch, rank_processes, start, wait_for_step
+from distill.transferred import transferred_of
+from herd.llama4.specs import SPECS
+from herd.run.config import load
+from tests.launch.launcher import SMOKE, finish, kill_group, launch, rank_processes, start, wait_for_step
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
 
 SHORT = ["run.steps=5", "teacher.head_start=1", "run.evaluate_every=0", "run.checkpoint_every=3", "run.precision=fp32"]
 CURVES = ("teacher/ce", "student/scout/ce", "student/maverick/ce", "student/scout/kd", "student/maverick/grad_norm")
 WEIGHTED = ["loss.weighting={kind: constant, alpha: 0.5}"]
+SMALL = "{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1}"
+CARRIED = [f"students.scout.transfer={{overrides: {SMALL}, batch_tokens: 256, tokens: 640}}"]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """The curve every split is compared with: one rank, ZeRO 1, no expert parallelism."""
-    run = launch(tmp_path_factory.mktemp("one"), ranks=1, overrides=SHORT + WEIGHTED)
+    """The curve every split is compared with: one rank, ZeRO 1, no expert parallelism; Scout's settings are carried
+    over from a smaller model."""
+    run = launch(tmp_path_factory.mktemp("one"), ranks=1, overrides=SHORT + WEIGHTED + CARRIED)
     assert run.code == 0, run.log
     return run
 
@@ -38,11 +45,30 @@ def one_rank(tmp_path_factory):
     ids=["zero1", "zero2-ep2", "zero3"],
 )
 def test_two_ranks_have_the_loss_curve_of_one(split, one_rank, tmp_path):
-    run = launch(tmp_path, ranks=2, overrides=SHORT + WEIGHTED + split)
+    run = launch(tmp_path, ranks=2, overrides=SHORT + WEIGHTED + CARRIED + split)
     assert run.code == 0, run.log
     # Summation orders differ, and Adam's first steps magnify that.
     for key in CURVES:
         assert run.curve(key) == pytest.approx(one_rank.curve(key), rel=1e-4), key
+    assert adamw_of(run, "scout") == adamw_of(one_rank, "scout")
+
+
+def adamw_of(run, name: str) -> set[tuple]:
+    """Distinct (rate factor, epsilon, decay, averages) of a model's groups; splitting may make more groups of them."""
+    groups = json.loads((run.folder / "groups.json").read_text())[name]
+    return {(g["lr_factor"], g["eps"], g["weight_decay"], tuple(g["betas"])) for g in groups}
+
+
+def test_a_launched_run_trains_with_the_rules_of_its_transfer(one_rank):
+    config = load(SMOKE, SHORT + WEIGHTED + CARRIED)
+    text = SPECS["scout-nano"].config(**config.students["scout"].overrides, vocab_size=config.tokenizer.vocab_size)
+    found = transferred_of(config, "scout", text)
+    wanted = set()
+    for name, rule in found.rules.items():
+        free = name.endswith(("norm.weight", "embed_tokens.weight"))
+        decay = 0.0 if free else config.optim.weight_decay * rule.weight_decay
+        wanted.add((rule.lr, config.optim.eps * rule.eps, decay, found.betas))
+    assert len(wanted) > 4 and adamw_of(one_rank, "scout") == wanted
 
 
 def test_a_stopped_run_exits_75_and_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path):

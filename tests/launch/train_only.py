@@ -4,6 +4,7 @@ deepspeed --num_accelerators 2 tests/launch/train_only.py --config configs/smoke
 """
 
 import hashlib
+import json
 import sys
 
 import torch
@@ -29,6 +30,7 @@ def main() -> int:
         parts = assemble(config, folder)
         Loop(parts, config, folder, tracker).run(resume_from=resume_from, resume_command="RESUME")
         write_digests(parts, folder)
+        write_groups(parts, folder)
         ranks.shut_down()
 
     return cli.main_guard(body)
@@ -46,6 +48,17 @@ def write_digests(parts, folder) -> None:
             lines.append(f"{name} {digest.hexdigest()}\n")
     if ranks.is_main():
         files.write_atomic(folder / "digests.txt", "".join(lines))
+
+
+def write_groups(parts, folder) -> None:
+    """What AdamW does to every group of every model on rank 0, as JSON."""
+    kinds = ("lr_factor", "eps", "weight_decay", "betas")
+    found = {
+        name: [{kind: group[kind] for kind in kinds} for group in member.engine.optimizer.param_groups]
+        for name, member in parts.herd.members.items()
+    }
+    if ranks.is_main():
+        files.write_atomic(folder / "groups.json", json.dumps(found))
 
 
 if __name__ == "__main__":

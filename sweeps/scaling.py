@@ -1,0 +1,176 @@
+"""What a study found at small size, put into the configuration of a large run, with the rule behind each value.
+
+scaled = carry(found, small, tree, Fit.read(path)); scaled.tree, scaled.notes
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from herd.llama4.specs import SPECS, find_spec
+from herd.run.errors import ConfigError, DataError
+from herd.run.schema import Config, Model, Teacher
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "num_local_experts",
+)
+"""What the rules look at, and what a small model may differ in."""
+SHARED = ("betas", "eps", "weight_decay")
+"""Of `optim`: the rules scale these, so they must be the small run's."""
+OF_THE_MODEL = (".overrides", ".source", ".transfer", ".quantize")
+OF_THE_SIZE = ("run.", "data.", "tokenizer.", "batch.", "parallel.", "tracking.", "evaluation.")
+"""Paths of a space that say how large the small run is, and are not carried."""
+NANO = "-nano"
+Notes = dict[tuple[str, ...], str]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A transfer check's exponents and what it saw, where one was made."""
+
+    source: str
+    horizon: float
+    depth: float
+    notes: dict[str, str]
+    """Direction -> a line."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Fit":
+        """From a check's transfer.json. Raises ConfigError when there is none, DataError when it is not one."""
+        try:
+            tree = json.loads(path.read_text())
+        except (FileNotFoundError, IsADirectoryError):
+            raise ConfigError(f"--fit {path}: no such file; it takes the transfer.json of a transfer check") from None
+        except ValueError as error:
+            raise DataError(f"--fit {path}: not JSON ({error}); make it with python -m sweeps transfer") from None
+        if not isinstance(tree, dict) or not {"grids", "exponents", "settings"} <= tree.keys():
+            raise DataError(f"--fit {path}: not a transfer check's; make one with python -m sweeps transfer")
+        settings, exponents = tree["settings"], tree["exponents"]
+        horizon = exponents.get("horizon", {}).get("value", settings["horizon_exponent"])
+        notes = {grid["along"]: _seen(grid) for grid in tree["grids"] if grid["ruled"]}
+        return cls(str(path), round(min(1.0, max(0.0, horizon)), 3), settings["depth_exponent"], notes)
+
+
+@dataclass
+class Scaled:
+    tree: dict[str, Any]
+    notes: Notes = field(default_factory=dict)
+
+    def put(self, path: tuple[str, ...], value: Any, note: str) -> None:
+        """Set a value, making sections on the way."""
+        node = self.tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+        self.notes[path] = note
+
+
+def carry(
+    found: Mapping[str, Any], small: Config, large: Config, tree: dict[str, Any], *, who: str, fit: Fit | None
+) -> Scaled:
+    """The large configuration's tree with the small one's settings and a `transfer` block for every model.
+
+    found: path -> value of what the study searched. who: the trial, for the notes. Raises ConfigError for a model of
+    the large run that the small one has no kin of, or that is not fresh.
+    """
+    scaled = Scaled(tree)
+    for path, own, kin in _pairs(small, large):
+        rate = kin.lr or small.optim.lr
+        scaled.put((*path, "lr"), rate, f"{who}; per tensor the rules of `transfer` multiply it.")
+        scaled.put((*path, "transfer"), _transfer(own, kin, small, large, fit), _reasons(fit))
+    for name in SHARED:
+        value = getattr(small.optim, name)
+        value = list(value) if isinstance(value, tuple) else value
+        scaled.put(("optim", name), value, f"{who}; the rules scale it.")
+    for path, value in found.items():
+        keys = tuple(path.split("."))
+        if keys[-1] == "lr" or (keys[0] == "optim" and keys[-1] in SHARED) or _of_the_size(path):
+            continue
+        if keys[0] in ("teacher", "students"):
+            raise ConfigError(
+                f"space.{path}: there is no rule that carries it to another model; set it in --to by hand"
+            )
+        scaled.put(keys, value, f"{who}; as it was found: there is no rule for it.")
+    return scaled
+
+
+def _pairs(small: Config, large: Config) -> Iterator[tuple[tuple[str, ...], Model | Teacher, Model | Teacher]]:
+    """(path in the large configuration, its model, the small run's model of the same kind)."""
+    if large.teacher.mode == "codistill" and large.teacher.source in SPECS:
+        if small.teacher.mode != "codistill":
+            raise ConfigError(
+                f"teacher.mode = codistill in --to, {small.teacher.mode} in the study: it never trained a teacher; "
+                "use a study that does, or a frozen teacher"
+            )
+        yield ("teacher",), large.teacher, _checked("teacher", large.teacher, {"teacher": small.teacher})
+    for name, student in large.students.items():
+        yield ("students", name), student, _checked(f"students.{name}", student, dict(small.students))
+
+
+def _checked(where: str, own: Model | Teacher, kin: Mapping[str, Model | Teacher]) -> Model | Teacher:
+    if own.source not in SPECS:
+        raise ConfigError(f"{where}.source = {own.source}: trained already; rules are for fresh models of a spec")
+    same = [model for model in kin.values() if _kind(model.source) == _kind(own.source)]
+    if not same:
+        trained = ", ".join(dict.fromkeys(model.source for model in kin.values()))
+        raise ConfigError(
+            f"{where}.source = {own.source}: the study trained models of another kind ({trained}); "
+            f"use a study with a {_kind(own.source)}{NANO}"
+        )
+    return same[0]
+
+
+def _kind(source: str) -> str:
+    return source.removesuffix(NANO)
+
+
+def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: Config, fit: Fit | None) -> dict:
+    before, here = _sizes(kin), _sizes(own)
+    steps = small.run.steps + (small.teacher.head_start if isinstance(kin, Teacher) else 0)
+    step_tokens = small.batch.rows * small.data.sequence_length
+    block: dict[str, Any] = {
+        "overrides": {name: value for name, value in before.items() if value != here[name]},
+        "batch_tokens": step_tokens,
+        "tokens": steps * step_tokens,
+    }
+    return block | ({"depth_exponent": fit.depth, "horizon_exponent": fit.horizon} if fit else {})
+
+
+def _sizes(model: Model | Teacher) -> dict[str, Any]:
+    config = find_spec(model.source).config(**model.overrides)
+    return {name: getattr(config, name) for name in SIZES}
+
+
+def _reasons(fit: Fit | None) -> str:
+    lines = [
+        "Complete(d)P, arXiv 2512.22382 (herd/llama4/transfer.py): matrices by width ratio (rate 1/m, spread m^-0.5), "
+        "branches by depth ratio^-1, rate by sqrt(batch ratio) x token ratio^-horizon_exponent.",
+    ]
+    if fit is None:
+        lines.append("Exponents are the paper's: no transfer check was given (--fit).")
+    else:
+        lines += [f"Fit, {fit.source}:", *(f"  {along}: {line}" for along, line in fit.notes.items())]
+    return "\n".join(lines)
+
+
+def _seen(grid: Mapping[str, Any]) -> str:
+    slope, ends = grid["slope"]["value"], grid["slope"]["interval"]
+    shown = f"{slope:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "")
+    largest = max(size["factor"] for size in grid["sizes"])
+    return (
+        f"seen to x{largest}: best rate's slope {shown}, moved {grid['moved']:.1f} steps of 2^0.5, "
+        f"carrying over cost {grid['excess']:.2%}"
+    )
+
+
+def _of_the_size(path: str) -> bool:
+    return path.startswith(OF_THE_SIZE) or any(f"{part}." in f"{path}." for part in OF_THE_MODEL)

@@ -1,0 +1,99 @@
+"""A study's best, carried to a large configuration: what is written is valid, and its rules are those of the models."""
+
+import json
+
+import optuna
+from optuna.trial import create_trial
+
+from distill.transferred import transferred_of
+from herd.llama4.specs import SPECS
+from herd.llama4.transfer import Horizon, scales
+from herd.run import config, config_text
+from sweeps import __main__ as command
+from sweeps import annotated, scale
+from sweeps.settings import Choices, Range
+from tests.sweeps import studies
+
+BIG = studies.ROOT / "configs" / "maverick.yaml"
+FOUND = ["optim.lr=0.003", "optim.weight_decay=0.03", "loss.temperature=1.5", "batch.rows=4"]
+SPACE = {
+    "optim.lr": Range(low=1e-4, high=1e-1, log=True),
+    "optim.weight_decay": Choices(choices=[0.03, 0.1]),
+    "loss.temperature": Range(low=0.5, high=4.0, log=True),
+    "batch.rows": Choices(choices=[4, 8]),
+}
+
+
+def ran(folder, **changes):
+    """A study over the nano herd whose only trial found FOUND."""
+    settings = {"base": studies.ROOT / "configs" / "nano.yaml", "set": [], "space": SPACE} | changes
+    study = studies.make(folder, **settings)
+    study.home.mkdir(parents=True)
+    found = optuna.create_study(storage=study.storage_url, study_name=study.name, direction="minimize")
+    found.add_trial(create_trial(value=4.5, user_attrs={"overrides": FOUND, "folder": str(folder)}))
+    return study
+
+
+def test_the_rules_written_are_those_from_the_small_model_to_the_large(tmp_path):
+    out = tmp_path / "big.yaml"
+    scale.write(ran(tmp_path), BIG, out)
+    made = config.load(out)
+    student = made.students["maverick"]
+    assert (student.lr, made.teacher.lr, made.optim.weight_decay, made.loss.temperature) == (0.003, 0.002, 0.03, 1.5)
+    assert (made.batch.rows, made.run.steps) == (2048, 100000)  # how large the run is stays what it was
+    own = SPECS["maverick"].config()
+    horizon = Horizon(batch=2048 * 8192 / (4 * 256), tokens=100000 * 2048 * 8192 / (200 * 4 * 256))
+    assert transferred_of(made, "maverick", own).rules == scales(SPECS["maverick-nano"].config(), own, horizon)
+
+
+def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
+    slope = {"value": 0.31, "interval": [0.25, 0.37]}
+    grid = {"along": "width", "ruled": True, "slope": slope, "moved": 0.4, "excess": 0.001, "sizes": [{"factor": 8}]}
+    fit = tmp_path / "transfer.json"
+    settings = {"horizon_exponent": 0.5, "depth_exponent": 0.5}
+    fit.write_text(json.dumps({"grids": [grid], "exponents": {"horizon": slope}, "settings": settings}))
+    scale.write(ran(tmp_path), BIG, tmp_path / "big.yaml", fit=fit)
+    block = config.load(tmp_path / "big.yaml").students["maverick"].transfer
+    assert (block.horizon_exponent, block.depth_exponent) == (0.31, 0.5)
+    comments = [line for line in (tmp_path / "big.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
+    assert any("width: seen to x8" in line for line in comments) and any(
+        "trial 0 of stubbed" in line for line in comments
+    )
+
+
+def failing(capsys, words) -> str:
+    assert command.main(["scale", *words]) in (2, 4)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def yaml_of(study, folder) -> str:
+    path = folder / "study.yaml"
+    path.write_text(config_text.write(study.model_dump(mode="json", exclude_none=True)))
+    return str(path)
+
+
+def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
+    fresh = studies.make(tmp_path / "fresh", base=studies.ROOT / "configs" / "nano.yaml")
+    from_fresh = ["--from", yaml_of(fresh, tmp_path), "--to", str(BIG)]
+    assert "no such study in sqlite" in failing(capsys, from_fresh)
+    fresh.home.mkdir(parents=True)
+    optuna.create_study(storage=fresh.storage_url, study_name=fresh.name)
+    assert "no trial is complete yet" in failing(capsys, from_fresh)
+    only_scout = ran(tmp_path / "scout", set=["students={scout: {source: scout-nano}}"])
+    line = failing(capsys, ["--from", yaml_of(only_scout, tmp_path), "--to", str(BIG)])
+    assert "students.maverick.source = maverick: the study trained models of another kind (scout-nano)" in line
+    line = failing(
+        capsys, ["--from", yaml_of(ran(tmp_path / "ran"), tmp_path), "--to", str(BIG), "--fit", "absent.json"]
+    )
+    assert "--fit absent.json: no such file" in line
+
+
+def test_a_commented_file_reads_back_equal_with_each_note_above_its_key():
+    tree = {"a": {"lr": 1e-3, "b": [{"lr": 2}, "x: y"]}, "lr": 3}
+    text = annotated.write(tree, {("a", "lr"): "inner", ("lr",): "outer"}, header="top")
+    assert config_text.parse(text) == tree
+    lines = text.splitlines()
+    assert lines[0] == "# top"
+    assert lines[lines.index("  # inner") + 1] == "  lr: 0.001"
+    assert lines[lines.index("# outer") + 1] == "lr: 3"
