@@ -1,9 +1,9 @@
 """What a study costs beside its trials, and what a second worker and pruning bring.
 
-    python benchmarks/sweeps.py [--trials 200]
+    python -m benchmarks.studies [--trials 200]
 
 Trials are the stub of tests/sweeps: a run's flags and files, and no training. Overhead: seconds a
-trial beyond the bare stub process, same machine, alternating. Writes benchmarks/results/sweeps.json.
+trial beyond the bare stub process, same machine, alternating. Writes benchmarks/results/studies.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from herd.run.files import write_atomic
 from tests.sweeps import studies
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "sweeps.json"
+RESULTS = ROOT / "benchmarks" / "results" / "studies.json"
 BLOCK = 20  # trials between two timings of the bare stub
 STEP_S = 0.25  # of a trial that has something to wait for
 
