@@ -56,6 +56,7 @@ def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
     block = config.load(tmp_path / "big.yaml").students["maverick"].transfer
     assert (block.horizon_exponent, block.depth_exponent) == (0.31, 0.5)
     comments = [line for line in (tmp_path / "big.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
+    assert any("a step's tokens x16,384" in line for line in comments)
     assert any("width: seen to x8" in line for line in comments) and any(
         "trial 0 of stubbed" in line for line in comments
     )
