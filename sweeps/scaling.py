@@ -159,7 +159,7 @@ def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, An
     }
     heads = before["head_dim"], here["head_dim"]
     other = f"; head_dim goes from {heads[0]} to {heads[1]}, which no rule covers" if heads[0] != heads[1] else ""
-    return "From the small model: " + ", ".join(f"{what} x{ratio:,.4g}" for what, ratio in ratios.items()) + other + "."
+    return "From the small model: " + ", ".join(f"{what} x{ratio:,.6g}" for what, ratio in ratios.items()) + other + "."
 
 
 def _sizes(model: Model | Teacher) -> dict[str, Any]:
