@@ -86,7 +86,8 @@ def carry(
     for path, own, kin in _pairs(small, large):
         rate = kin.lr or small.optim.lr
         scaled.put((*path, "lr"), rate, f"{who}; per tensor the rules of `transfer` multiply it.")
-        scaled.put((*path, "transfer"), _transfer(own, kin, small, large, fit), _reasons(fit))
+        block = _transfer(own, kin, small, large, fit)
+        scaled.put((*path, "transfer"), block, f"{_distance(own, kin, block, large)}\n{_reasons(fit)}")
     for name in SHARED:
         value = getattr(small.optim, name)
         value = list(value) if isinstance(value, tuple) else value
@@ -143,6 +144,22 @@ def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: 
         "tokens": steps * step_tokens,
     }
     return block | ({"depth_exponent": fit.depth, "horizon_exponent": fit.horizon} if fit else {})
+
+
+def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config) -> str:
+    """How far the settings are carried."""
+    before, here = _sizes(kin), _sizes(own)
+    step_tokens = large.batch.rows * large.data.sequence_length
+    steps = large.run.steps + (large.teacher.head_start if isinstance(own, Teacher) else 0)
+    ratios = {
+        "width": here["hidden_size"] / before["hidden_size"],
+        "depth": here["num_hidden_layers"] / before["num_hidden_layers"],
+        "a step's tokens": step_tokens / block["batch_tokens"],
+        "the run's tokens": steps * step_tokens / block["tokens"],
+    }
+    heads = before["head_dim"], here["head_dim"]
+    other = f"; head_dim goes from {heads[0]} to {heads[1]}, which no rule covers" if heads[0] != heads[1] else ""
+    return "From the small model: " + ", ".join(f"{what} x{ratio:,.6g}" for what, ratio in ratios.items()) + other + "."
 
 
 def _sizes(model: Model | Teacher) -> dict[str, Any]:

@@ -55,10 +55,10 @@ def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
     scale.write(ran(tmp_path), BIG, tmp_path / "big.yaml", fit=fit)
     block = config.load(tmp_path / "big.yaml").students["maverick"].transfer
     assert (block.horizon_exponent, block.depth_exponent) == (0.31, 0.5)
-    comments = [line for line in (tmp_path / "big.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
-    assert any("width: seen to x8" in line for line in comments) and any(
-        "trial 0 of stubbed" in line for line in comments
-    )
+    lines = [line.strip() for line in (tmp_path / "big.yaml").read_text().splitlines()]
+    comments = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    assert "width: seen to x8" in comments and "trial 0 of stubbed" in comments
+    assert "a step's tokens x16,384" in comments
 
 
 def failing(capsys, words) -> str:
