@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = {"bits": allocate_bits, "transfer": check_transfer, "scale": scale.main}
     if words and words[0] in commands:
         return commands[words[0]](words[1:])
+    if words and not words[0].startswith("-"):
+        return cli.main_guard(lambda: _unknown(words[0], list(commands)))
     parser = cli.parser("sweeps", description=DESCRIPTION, examples=EXAMPLES, config=False)
     add = parser.add_argument
     add("--study", required=True, type=Path, metavar="FILE", help="YAML of the study")
@@ -55,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{result.table()}\n\nreport: {study.home / 'report.html'}")
 
     return cli.main_guard(body)
+
+
+def _unknown(word: str, commands: list[str]) -> None:
+    raise ConfigError(f"{word}: no such command; use {', '.join(commands)}, or --study FILE")
 
 
 def describe(study: settings.Study) -> str:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     def body() -> None:
-        study = settings.load(arguments.study, arguments.set)
+        study = settings.load(arguments.study, arguments.set, flag="--from")
         large = config.load(arguments.to)
         world_size = large.parallel.expert_parallel if arguments.world_size is None else arguments.world_size
         if world_size < 1:
@@ -79,7 +79,7 @@ def best_of(study: Study) -> tuple[int, list[str]]:
     storages.quiet()
     kind, _, rest = study.storage_url.partition(":")
     file = Path(rest.removeprefix("///")) if kind in ("sqlite", "journal") else None
-    again = f"run it first: python -m sweeps --study {study.name}.yaml"
+    again = "run it first, with python -m sweeps --study"
     if file is not None and not file.exists():
         raise ConfigError(f"--from {study.name}: no such study in {study.storage_url}; {again}")
     url = study.storage_url

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from herd.run import config_text
+from herd.run import config_faults, config_text
 from herd.run.errors import ConfigError
 from herd.run.section import Name, Section
 
@@ -148,12 +148,10 @@ class Study(Section):
         return self.storage or f"sqlite:///{self.home / 'study.db'}"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:
     """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
     path = Path(path)
-    tree = {"name": path.stem} | read_tree(
-        path, wanted="a study has name, base, space, objectives, ...", flag="--study"
-    )
+    tree = {"name": path.stem} | read_tree(path, wanted="a study has name, base, space, objectives, ...", flag=flag)
     return fill(Study, tree, overrides, where=str(path))
 
 
@@ -177,25 +175,31 @@ def fill(kind: type[Filled], tree: dict[str, Any], overrides: Sequence[str], *, 
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(where, error)) from None
+        raise ConfigError(_explain(where, error, kind)) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override}: write it as KEY=VALUE, such as seeds=3")
-    *parents, last = key.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
+    while True:
+        name = _first(tree, key)
+        if name == key:
+            tree[name] = config_text.parse(text)
+            return
+        tree, key = tree.setdefault(name, {}), key[len(name) + 1 :]
         if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}: {parent} has no fields of its own; give it as a whole")
-    tree[last] = config_text.parse(text)
+            raise ConfigError(f"--set {override}: {name} has no fields of its own; give it as a whole")
+        if name == "space" and not any(key.startswith(f"{path}.") for path in tree):
+            tree[key] = config_text.parse(text)  # its keys are paths with dots themselves
+            return
 
 
-def _explain(path: str, error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors(include_url=False):
-        where = ".".join(str(part) for part in fault["loc"] if part not in ("Range", "Choices"))
-        lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": "))
-    unique = list(dict.fromkeys(lines))
-    return f"{path}: {unique[0]}" if len(unique) == 1 else "\n  ".join([f"{path}: {len(unique)} faults", *unique])
+def _first(tree: dict[str, Any], key: str) -> str:
+    """The key of the mapping that a dotted key begins with: one that is there, dots and all, or up to the first dot."""
+    return max((name for name in tree if f"{key}.".startswith(f"{name}.")), key=len, default=key.partition(".")[0])
+
+
+def _explain(path: str, error: ValidationError, kind: type[Section]) -> str:
+    lines = list(config_faults.explain(error, kind).values())
+    return f"{path}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{path}: {len(lines)} faults", *lines])

@@ -86,9 +86,9 @@ class Problem:
 
 def make_problem(folder: str | Path, labels: Sequence[str]) -> Problem:
     """The groups of a model folder; ConfigError for an unknown label or one that does not fit a layer."""
-    if len(set(labels)) < 2:
-        raise ConfigError(f"--choices {' '.join(labels)}: give two different ones at least")
     schemes = {label: labelled(label) for label in dict.fromkeys(labels)}
+    if len(schemes) < 2:
+        raise ConfigError(f"--choices {' '.join(labels)}: give two different ones at least")
     source = open_source(folder)
     plain = make_plan(source, ANY)
     plans = {label: make_plan(source, scheme) for label, scheme in schemes.items() if scheme is not None}

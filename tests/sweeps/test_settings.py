@@ -29,7 +29,8 @@ def write(folder: Path, text: str) -> Path:
     [
         ("space: {optim.lr: {low: 2e-3, high: 1e-3}}", "low = 0.002 must be below high = 0.001"),
         ("space: {optim.lr: {low: 0.0, high: 1e-3, log: true}}", "low = 0.0 has no logarithm"),
-        ("space: {optim.lr: {low: 1e-3, high: 2e-3, logg: true}}", "logg"),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3, logg: true}}", "lr.logg: unknown; did you mean space.optim.lr.log?"),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nbugdet: {trials: 3}", "bugdet: unknown; did you mean budget?"),
         ("space: {optim.lr: {choices: [1e-3]}}", "at least 2"),
         ("space: {}", "at least 1"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\npruner: {kind: wilcoxon}", "seeds = 1; use 3 or more"),
@@ -61,6 +62,13 @@ def test_flags_override_the_file(tmp_path):
     path = write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}\nbudget: {trials: 3}")
     assert settings.load(path, ["budget.trials=7", "sampler.kind=random"]).budget.trials == 7
     assert settings.load(path).name == "study"
+
+
+def test_flags_reach_into_the_space_whose_keys_have_dots(tmp_path):
+    path = write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}")
+    space = settings.load(path, ["space.optim.lr.high=4e-3", "space.optim.clip={choices: [0.5, 1.0]}"]).space
+    assert space["optim.lr"].high == 4e-3
+    assert space["optim.clip"].choices == [0.5, 1.0]
 
 
 def test_the_defaults_are_found_in_the_space_by_what_a_choice_says(tmp_path):
