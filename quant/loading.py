@@ -21,7 +21,6 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedModel
-from transformers.integrations import dequantize_and_replace
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
@@ -113,6 +112,9 @@ class Container:
             model.dequantize(dtype=torch.bfloat16)
         elif self._method == "bitsandbytes" and any(type(module).__name__ == "Linear4bit" for module in part.modules()):
             settings = model.hf_quantizer.quantization_config
+            # Here because it imports bitsandbytes, which prints that it found no kernels to download.
+            from transformers.integrations import dequantize_and_replace
+
             dequantize_and_replace(part, quantization_config=settings, dtype=torch.bfloat16)
 
     def _settings(self) -> dict[str, Any]:

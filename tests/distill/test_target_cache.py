@@ -65,7 +65,8 @@ def written(tmp_path, teacher_folder, codec="head_and_tail=60"):
 
 
 def test_a_student_learns_from_the_cache_what_it_learns_from_the_teacher_that_wrote_it(tmp_path, teacher_folder):
-    path, live = written(tmp_path, teacher_folder)
+    # Enough of the 1024 classes that what the tail is drawn for is small beside the tolerance, whatever the text.
+    path, live = written(tmp_path, teacher_folder, codec="head_and_tail=240")
     cached = config_for(
         tmp_path,
         "teacher.mode=cached",

@@ -129,5 +129,6 @@ def test_a_run_whose_folder_is_deleted_ends_with_one_line(tmp_path):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)  # the run may be writing into it
     run = finish(process, tmp_path)
     assert run.code == 3, run.log
-    (line,) = [line for line in run.log.splitlines() if not line.startswith(("[", "step "))]  # the launcher's; progress
-    assert line.startswith(f"error: {tmp_path / 'run'} was deleted while the run was writing to it; "), run.log
+    lines = [line for line in run.log.splitlines() if not line.startswith(("[", "step "))]  # the launcher's; progress
+    assert len(lines) == 1, run.log
+    assert lines[0].startswith(f"error: {tmp_path / 'run'} was deleted while the run was writing to it; "), run.log
