@@ -1,6 +1,6 @@
 """What a trial's run has reached: its metrics stream while it runs, its evaluation when it is done.
 
-stream = MetricsStream(run_folder / "metrics.jsonl")
+stream = MetricsStream(run_folder / "metrics.jsonl", head_start=160)
 for step, value in stream.new("heldout/scout"): ...
 final(run_folder, "evals/scout-int4/bytes_on_disk")
 """
@@ -15,10 +15,13 @@ from herd.run.errors import ConfigError
 
 
 class MetricsStream:
-    """Reads the whole lines that were added since the last call; a run that goes on may write a step again."""
+    """Reads the whole lines that were added since the last call; a run that goes on may write a step again.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+    Steps are the students' own: they count from where a teacher's head start ends, and nothing before it is read.
+    """
+
+    def __init__(self, path: Path, head_start: int = 0) -> None:
+        self._path, self._head_start, self._offset = path, head_start, 0
 
     def new(self, metric: str) -> Iterator[tuple[int, float]]:
         """(step, value) of every new line that has the metric."""
@@ -34,8 +37,9 @@ class MetricsStream:
                     break
                 self._offset += len(line)
                 record = json.loads(line)
-                if metric in record:
-                    yield int(record["step"]), float(record[metric])
+                step = int(record["step"]) - self._head_start
+                if metric in record and step > 0:
+                    yield step, float(record[metric])
 
 
 def final(folder: Path, metric: str) -> float:

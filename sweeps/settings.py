@@ -17,7 +17,7 @@ from herd.run.errors import ConfigError
 from herd.run.section import Name, Section
 
 Filled = TypeVar("Filled", bound=Section)
-PRUNERS_ON_STEPS = ("hyperband", "median")
+PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
 
 
 class Range(Section):
@@ -68,11 +68,15 @@ class Sampler(Section):
     kind: Literal["tpe", "gp", "cmaes", "nsga2", "grid", "random"] = "tpe"
     seed: int = Field(0, ge=0, lt=2**31)
     """Of the sampler."""
+    population: int = Field(12, ge=2)
+    """nsga2: trials of a generation; a study of fewer than two generations is a random search."""
 
 
 class Pruner(Section):
-    kind: Literal["none", "hyperband", "median", "wilcoxon"] = "none"
-    """hyperband, median: on held-out checks within a run. wilcoxon: on seeds, against the best trial."""
+    kind: Literal["none", "halving", "hyperband", "median", "wilcoxon"] = "none"
+    """halving, hyperband, median: on held-out checks within a run. wilcoxon: on seeds, against the best trial."""
+    factor: int = Field(3, ge=2)
+    """halving, hyperband: at each rung one trial in so many goes on, and the next rung is so many times as far."""
     startup: int = Field(3, ge=1)
     """median: trials that are never pruned. wilcoxon: seeds that are always run."""
 

@@ -28,6 +28,8 @@ PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
 BUSY_S = 60  # SQLite waits so long for another worker's write
 SETTINGS = "settings"
 DATABASES = ("sqlite", "postgresql", "mysql")
+DRIVERS = {"postgresql": "'psycopg[binary]'", "mysql": "mysqlclient", "grpc": "grpcio protobuf"}
+"""What SQLAlchemy and Optuna import for a URL that names no driver."""
 Answer = TypeVar("Answer")
 
 
@@ -88,13 +90,15 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
         try:
             return call()
         except ImportError as error:
-            raise EnvironmentFault(f"storage = {_shown(url)}: {first_line(error)}; install its driver") from error
+            kind, _, named = url.partition("://")[0].partition("+")
+            driver = named or DRIVERS[kind]
+            raise EnvironmentFault(f"storage = {_shown(url)}: its driver is missing; pip install {driver}") from error
         except Exception as error:
             if not _outage(error):
                 raise
             if wait is None:
                 raise EnvironmentFault(
-                    f"storage = {_shown(url)} does not answer ({first_line(error)}); start it and try again"
+                    f"storage = {_shown(url)} does not answer ({_reason(error)}); start it and try again"
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -111,7 +115,7 @@ def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed),
         "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=sampler.population, seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
@@ -122,12 +126,13 @@ def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:
 
 
 def make_pruner(study: Study, base: Config) -> optuna.pruners.BasePruner:
-    """The pruner of a study; its unit is the optimiser step, or the seed."""
-    first, last = base.run.evaluate_every, base.run.steps + base.teacher.head_start
-    startup = study.pruner.startup
+    """The pruner of a study; its unit is the students' step, or the seed."""
+    first, last = max(1, base.run.evaluate_every), base.run.steps
+    startup, factor = study.pruner.startup, study.pruner.factor
     pruners = {
         "none": lambda: optuna.pruners.NopPruner(),
-        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=max(1, first), max_resource=last),
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(first, factor),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(first, last, factor),
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=startup),
         "wilcoxon": lambda: optuna.pruners.WilcoxonPruner(n_startup_steps=startup),
     }
@@ -188,6 +193,11 @@ def _outage(error: Exception) -> bool:
     """Whether the storage, and not what was asked of it, is the trouble. Drivers are optional, so known by name."""
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, StorageInternalError | OSError) or package in ("sqlalchemy", "grpc")
+
+
+def _reason(error: Exception) -> str:
+    """One line; gRPC's own first line says nothing."""
+    return error.details() if hasattr(error, "details") else first_line(error)
 
 
 def _shown(url: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from herd.run import config_text
+from herd.run import config, config_text
 from herd.run.errors import ENVIRONMENT, NUMERICAL, ConfigError, EnvironmentFault, HerdError, Interrupted
 from herd.run.schema import Config
 from sweeps import metrics, spaces, storages
@@ -135,7 +135,7 @@ class Worker:
             self.study, name=name, overrides=overrides, seed=seed, slot=self.slot, tags=self.tags(trial)
         )
         try:
-            self.watch(trial, run, started)
+            self.watch(trial, run, overrides, started)
         finally:
             run.stop()
         self.remember_run(trial, run.folder)
@@ -147,9 +147,10 @@ class Worker:
             raise Pruned(run.last_words())
         raise Failed(code or 0, run.last_words())
 
-    def watch(self, trial: optuna.Trial, run: TrialRun, started: float) -> None:
+    def watch(self, trial: optuna.Trial, run: TrialRun, overrides: list[str], started: float) -> None:
         """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
-        stream = metrics.MetricsStream(run.folder / "metrics.jsonl")
+        head_start = config.load(self.study.base, [*self.study.set, *overrides]).teacher.head_start
+        stream = metrics.MetricsStream(run.folder / "metrics.jsonl", head_start)
         single = len(self.study.objectives) == 1 and self.study.seeds == 1
         beaten, seen, limit = time.monotonic(), set(), self.study.budget.trial_minutes
         while True:

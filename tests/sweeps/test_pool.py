@@ -65,6 +65,23 @@ def test_bad_trials_are_cut_early_and_cost_fewer_steps(tmp_path, monkeypatch):
         assert last["step"] < 6 and not psutil.pid_exists(last["pid"])
 
 
+def test_halving_ends_trials_at_its_rungs_counted_from_where_the_students_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "0.3")
+    study = studies.make(
+        tmp_path, set=["run.steps=8", "run.evaluate_every=1", "teacher.head_start=2", "tracking.enabled=false"],
+        budget={"trials": 6}, pruner={"kind": "halving", "factor": 2}, sampler={"kind": "random", "seed": 2},
+    )  # fmt: skip
+    result = sweeps.run(study)
+    pruned = [trial for trial in result.trials if trial.state == "pruned"]
+    assert len(pruned) >= 2 and {trial.why for trial in pruned} <= {"step 1", "step 2", "step 4"}
+    assert result.best.state == "complete" and max(steps_of(study, result.best)) == 6
+
+
+def steps_of(study, trial):
+    found, _ = counted(study)
+    return next(t.intermediate_values for t in found.trials if t.number == trial.number)
+
+
 def test_a_trial_over_its_time_is_stopped_and_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_SECONDS", "5")
     study = studies.make(tmp_path, budget={"trials": 1, "trial_minutes": 0.05})

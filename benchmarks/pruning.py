@@ -1,0 +1,128 @@
+"""What pruning saves of a study, at which best value: the same study with and without, every trial a launched run.
+
+    python -m benchmarks.pruning [--workers 2] [--orders 200]
+
+Then every pruner reads the unpruned study's own curves again in other orders of its trials, which is exact:
+a pruned trial is the beginning of the whole one, bit for bit. Writes benchmarks/results/pruning.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+import sweeps
+from herd.run import config
+from herd.run.files import write_atomic
+from sweeps import settings, storages
+from sweeps.settings import Pruner, Study
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
+STUDY = ROOT / "configs" / "sweeps" / "proxy.yaml"
+PRUNERS = (
+    Pruner(kind="halving", factor=3),
+    Pruner(kind="halving", factor=4),
+    Pruner(kind="hyperband", factor=3),
+    Pruner(kind="median"),
+)
+Curve = dict[int, float]
+
+
+def curves(study: Study) -> list[FrozenTrial]:
+    """The trials of a study that is over, in the order they were asked for."""
+    found = optuna.load_study(study_name=study.name, storage=storages.open_storage(study.storage_url))
+    return [trial for trial in found.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+
+
+def steps(trained: list[int], head_start: int) -> int:
+    """Optimiser steps of trials with so many steps of the students, every teacher's head start counted in full."""
+    return sum(trained) + head_start * len(trained)
+
+
+def replay(study: Study, pruner: Pruner, order: list[Curve]) -> tuple[list[int], float]:
+    """Steps each trial makes and the best value of those that end, when trials with these curves run in this order."""
+    base = config.load(study.base, study.set)
+    made = optuna.create_study(pruner=storages.make_pruner(study.model_copy(update={"pruner": pruner}), base))
+    trained = []
+    for curve in order:
+        trial = made.ask()
+        for step, value in curve.items():
+            trial.report(value, step)
+            if step < max(curve) and trial.should_prune():
+                made.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            made.tell(trial, value)
+        trained.append(step)
+    return trained, made.best_value
+
+
+def in_other_orders(study: Study, whole: list[FrozenTrial], orders: int) -> list[dict[str, object]]:
+    """Every pruner on the unpruned study's curves, the defaults first and the others shuffled."""
+    head_start = config.load(study.base, study.set).teacher.head_start
+    first, *others = [trial.intermediate_values for trial in whole]
+    unpruned = steps([max(curve) for curve in (first, *others)], head_start)
+    best = min(trial.value for trial in whole)
+    rows = []
+    for pruner in PRUNERS:
+        savings, losses = [], []
+        for number in range(orders):
+            shuffled = random.Random(number).sample(others, len(others))
+            trained, value = replay(study, pruner, [first, *shuffled])
+            savings.append(unpruned / steps(trained, head_start))
+            losses.append(value - best)
+        rows.append({
+            "pruner": pruner.kind, "factor": pruner.factor, "orders": orders,
+            "saving_median": statistics.median(savings), "saving_deciles": statistics.quantiles(savings, n=10),
+            "same_best": sum(loss == 0 for loss in losses) / orders, "loss_mean": statistics.fmean(losses),
+            "loss_worst": max(losses),
+        })  # fmt: skip
+    return rows
+
+
+def summary(study: Study) -> dict[str, object]:
+    """What a study that is over has cost and found."""
+    head_start = config.load(study.base, study.set).teacher.head_start
+    trials = curves(study)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = min(complete, key=lambda trial: trial.value)
+    return {
+        "trials": len(trials), "complete": len(complete), "best": best.value, "best_number": best.number,
+        "best_params": best.params, "defaults": complete[0].value,
+        "steps": steps([trial.last_step for trial in trials], head_start),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="trials at one time")
+    parser.add_argument("--orders", type=int, default=200, help="of the replays")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    pruned = settings.load(STUDY)
+    whole = settings.load(STUDY, ["pruner.kind=none", f"name={pruned.name}-unpruned"])
+    for study in (whole, pruned):
+        sweeps.run(study, workers=options.workers)
+    found = {"unpruned": summary(whole), "pruned": summary(pruned)}
+    found["saving"] = found["unpruned"]["steps"] / found["pruned"]["steps"]
+    found["replays"] = in_other_orders(pruned, curves(whole), options.orders)
+    write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
+    for name in ("unpruned", "pruned"):
+        one = found[name]
+        ended = f"{one['complete']} of {one['trials']} trials to the end"
+        print(f"{name:9} {one['steps']:6} steps  best {one['best']:.4f}  {ended}")
+    print(f"saving    {found['saving']:.2f}x")
+    for row in found["replays"]:
+        low, *_, high = row["saving_deciles"]
+        print(f"{row['pruner']:9} factor {row['factor']}: {row['saving_median']:.2f}x, deciles {low:.2f} - {high:.2f}")
+        print(f"          the same best in {row['same_best']:.0%} of orders, {row['loss_mean']:+.4f} nats on average")
+
+
+if __name__ == "__main__":
+    main()
