@@ -38,8 +38,8 @@ class Fit:
     """A transfer check's exponents and what it saw, where one was made."""
 
     source: str
-    horizon: float
-    depth: float
+    rules: dict[str, Any]
+    """Fields of `transfer`: the fitted exponent of the horizon, and what else the check went by."""
     notes: dict[str, str]
     """Direction -> a line."""
 
@@ -56,8 +56,10 @@ class Fit:
             raise DataError(f"--fit {path}: not a transfer check's; make one with python -m sweeps transfer")
         settings, exponents = tree["settings"], tree["exponents"]
         horizon = exponents.get("horizon", {}).get("value", settings["horizon_exponent"])
+        rules = {name: settings[name] for name in ("depth_exponent", "averages")}
+        rules["horizon_exponent"] = round(min(1.0, max(0.0, horizon)), 3)
         notes = {grid["along"]: _seen(grid) for grid in tree["grids"] if grid["ruled"]}
-        return cls(str(path), round(min(1.0, max(0.0, horizon)), 3), settings["depth_exponent"], notes)
+        return cls(str(path), rules, notes)
 
 
 @dataclass
@@ -143,7 +145,7 @@ def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: 
         "batch_tokens": step_tokens,
         "tokens": steps * step_tokens,
     }
-    return block | ({"depth_exponent": fit.depth, "horizon_exponent": fit.horizon} if fit else {})
+    return block | (fit.rules if fit else {})
 
 
 def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config) -> str:

@@ -9,6 +9,7 @@ A factor is for the large model over the small one. m_d width ratio, m_L depth r
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class Horizon:
     tokens: float = 1.0
     exponent: float = 0.5
     """Of the learning rate's fall with the run's tokens: 0.5 in the paper, 0.3 fitted by Marin; fit your own."""
+    averages: Literal["run", "tokens"] = "run"
+    """What Adam's averages reach over: the same share of the run (the paper), or as many tokens as before (Marin)."""
 
     @property
     def ratio(self) -> float:
@@ -84,8 +87,9 @@ def scales(
 
 
 def betas(small: tuple[float, float], horizon: Horizon) -> tuple[float, float]:
-    """Adam's averages over the same number of tokens relative to the run: 1 - beta grows as r (at most to 1)."""
-    first, second = (1 - min(1.0, (1 - beta) * horizon.ratio) for beta in small)
+    """Adam's averages over the same share of the run, or as many tokens: 1 - beta grows as r, or as the batch."""
+    growth = horizon.ratio if horizon.averages == "run" else horizon.batch
+    first, second = (1 - min(1.0, (1 - beta) * growth) for beta in small)
     return first, second
 
 

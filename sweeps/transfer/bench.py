@@ -109,7 +109,8 @@ class Bench:
         """How much more the arm's size reads than its base."""
         base, size = arm.base, arm.size
         tokens = size.rows * size.steps / (base.rows * base.steps)
-        return Horizon(batch=size.rows / base.rows, tokens=tokens, exponent=self.settings.horizon_exponent)
+        rule = {"exponent": self.settings.horizon_exponent, "averages": self.settings.averages}
+        return Horizon(batch=size.rows / base.rows, tokens=tokens, **rule)
 
     def config(self, size: Scale) -> Llama4TextConfig:
         """The model's configuration."""
@@ -152,7 +153,7 @@ class Bench:
             if arm.base.depth != arm.size.depth:
                 found["depth_exponent"] = self.settings.depth_exponent
             if self.horizon(arm).tokens != 1:
-                found["horizon_exponent"] = self.settings.horizon_exponent
+                found |= {"horizon_exponent": self.settings.horizon_exponent, "averages": self.settings.averages}
         return found | {"size": arm.size.model_dump(), "rung": point.rung, "seed": point.seed}
 
     def coordinate_identity(self) -> dict[str, Any]:
