@@ -2,8 +2,8 @@
 
     python -m benchmarks.recipe [--seeds 5] [--fit runs/sweeps/transfer/transfer.json] [--set run.steps=100]
 
-Fresh seeds that no trial has seen; both arms read the same rows. Each run is a real `python -m distill` in runs/quality/;
-finished ones are not run again. Writes benchmarks/results/recipe.json.
+Fresh seeds that no trial has seen; both arms read the same rows. Each run is a real `python -m distill` in
+runs/quality/; finished ones are not run again. Writes benchmarks/results/recipe.json.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def main() -> None:
         differences = [new - old for new, old in zip(arms["carried"], arms["by-hand"], strict=True)]
         low, high = quality.interval(differences)
         found["models"][model] = arms | {"difference": statistics.mean(differences), "ci95": [low, high]}
-        print(f"{model:18} by hand {statistics.mean(arms['by-hand']):.4f}  carried {statistics.mean(arms['carried']):.4f}  "
-              f"difference {statistics.mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]")  # fmt: skip
+        means = "  ".join(f"{arm} {statistics.mean(values):.4f}" for arm, values in arms.items())
+        print(f"{model:18} {means}  difference {statistics.mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]")
     write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
 
 
