@@ -31,8 +31,8 @@ class Horizon:
     tokens: float = 1.0
     exponent: float = 0.5
     """Of the learning rate's fall with the run's tokens: 0.5 in the paper, 0.3 fitted by Marin; fit your own."""
-    averages: Literal["run", "tokens"] = "run"
-    """What Adam's averages reach over: the same share of the run (the paper), or as many tokens as before (Marin)."""
+    averages: Literal["run", "tokens", "steps"] = "run"
+    """What Adam's averages reach over: the same share of the run (the paper), as many tokens (Marin), or steps."""
 
     @property
     def ratio(self) -> float:
@@ -87,8 +87,8 @@ def scales(
 
 
 def betas(small: tuple[float, float], horizon: Horizon) -> tuple[float, float]:
-    """Adam's averages over the same share of the run, or as many tokens: 1 - beta grows as r, or as the batch."""
-    growth = horizon.ratio if horizon.averages == "run" else horizon.batch
+    """Adam's averages over the same share of the run, as many tokens, or steps: 1 - beta grows as r, b, or stays."""
+    growth = {"run": horizon.ratio, "tokens": horizon.batch, "steps": 1.0}[horizon.averages]
     first, second = (1 - min(1.0, (1 - beta) * growth) for beta in small)
     return first, second
 

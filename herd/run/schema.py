@@ -123,8 +123,8 @@ class Transfer(Section):
     """Residual branches count depth^-this: 1 in CompleteP, 0.5 in depth-muP."""
     horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
     """The rate falls as tokens^-this: 0.5 in Complete(d)P, 0.3 in Marin's fit."""
-    averages: Literal["run", "tokens"] = "run"
-    """What Adam's averages reach over: the same share of the run (Complete(d)P), or as many tokens (Marin)."""
+    averages: Literal["run", "tokens", "steps"] = "run"
+    """What Adam's averages reach over: the same share of the run (Complete(d)P), as many tokens (Marin), or steps."""
 
 
 class Model(Section):
