@@ -173,9 +173,10 @@ def _reasons(fit: Fit | None) -> str:
     lines = [
         "Complete(d)P, arXiv 2512.22382 (herd/llama4/transfer.py): matrices by width ratio (rate 1/m, spread m^-0.5), "
         "branches by depth ratio^-1, rate by sqrt(batch ratio) x token ratio^-horizon_exponent.",
+        "The horizon is Marin's: exponent 0.3, Adam's averages over as many tokens (two steps at least).",
     ]
     if fit is None:
-        lines.append("Exponents are the paper's: no transfer check was given (--fit).")
+        lines.append("Exponents are theirs: no transfer check was given (--fit).")
     else:
         lines += [f"Fit, {fit.source}:", *(f"  {along}: {line}" for along, line in fit.notes.items())]
     return "\n".join(lines)

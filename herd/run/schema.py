@@ -121,10 +121,10 @@ class Transfer(Section):
     """Tokens of its whole run; by default as many as here."""
     depth_exponent: float = Field(1.0, ge=0.5, le=1.0)
     """Residual branches count depth^-this: 1 in CompleteP, 0.5 in depth-muP."""
-    horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
-    """The rate falls as tokens^-this: 0.5 in Complete(d)P, 0.3 in Marin's fit."""
-    averages: Literal["run", "tokens", "steps"] = "run"
-    """What Adam's averages reach over: the same share of the run (Complete(d)P), as many tokens (Marin), or steps."""
+    horizon_exponent: float = Field(0.3, ge=0.0, le=1.0)
+    """The rate falls as tokens^-this: 0.3 in Marin's fit, 0.5 in Complete(d)P."""
+    averages: Literal["tokens", "steps", "run"] = "tokens"
+    """What Adam's averages reach over: as many tokens (Marin), steps, or the same share of the run (Complete(d)P)."""
 
 
 class Model(Section):
