@@ -7,8 +7,8 @@ Configuration errors and --help come before any heavy import.
 import sys
 
 from distill.export_checks import check_exports
-from herd.run import cli
-from herd.run.config import load
+from herd.run import cli, launcher
+from herd.run.config import load, split_batch
 
 DESCRIPTION = "Co-distil students from a teacher, compress them, evaluate everything and write a report."
 EXAMPLES = (
@@ -30,9 +30,11 @@ def main(argv: list[str] | None = None) -> int:
 
             plan.show(config, world_size=arguments.world_size, mfu=arguments.mfu)
             return
-        from herd.run import extensions
+        split_batch(config, launcher.world_size())  # before the seconds that the imports take
+        from herd.run import extensions, lean_deepspeed
 
         extensions.choose_accelerator()
+        lean_deepspeed.load()
         from distill import session
 
         session.run(config, resume=arguments.resume, command=cli.command_line("distill", argv))

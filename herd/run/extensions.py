@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import herd
-from herd.run import cli
+from herd.run import cli, lean_deepspeed
 from herd.run.errors import EnvironmentFault
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
@@ -50,6 +50,7 @@ def prepare() -> None:
     """
     folder = use_project_folder()
     choose_accelerator()
+    lean_deepspeed.load()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

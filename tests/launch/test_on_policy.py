@@ -1,11 +1,11 @@
-"""On-policy runs through the deepspeed launcher: students write the same rows however the run is split.
+"""On-policy runs on real ranks: students write the same rows however the run is split.
 
-pytest tests/launch/test_on_policy.py            (three runs, half a minute each)
+pytest tests/launch/test_on_policy.py            (one rank, then two runs of two)
 """
 
 import pytest
 
-from tests.launch.launcher import launch
+from tests.launch.launcher import train
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
 
@@ -14,6 +14,7 @@ SETTINGS = [
     "objective={kind: on_policy, fraction: 0.5, prompt_tokens: 64}",
     "loss.weighting={kind: constant, alpha: 0.5}",
 ]
+SPLITS = {"zero2-ep2": ["parallel.zero=2", "parallel.expert_parallel=2"], "zero3": ["parallel.zero=3"]}
 CURVES = (
     "teacher/ce",
     "student/scout/on_policy/kd",
@@ -27,19 +28,17 @@ CURVES = (
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     """Two micro-batches of two rows on one rank."""
-    run = launch(tmp_path_factory.mktemp("one"), ranks=1, overrides=[*SETTINGS, "batch.micro_rows=2"])
-    assert run.code == 0, run.log
-    return run
+    runs = {"run": ["batch.micro_rows=2"]}
+    return train(tmp_path_factory.mktemp("one"), runs, ranks=1, overrides=SETTINGS)["run"]
 
 
-@pytest.mark.parametrize(
-    "split",
-    [["parallel.zero=2", "parallel.expert_parallel=2"], ["parallel.zero=3"]],
-    ids=["zero2-ep2", "zero3"],
-)
-def test_two_ranks_write_and_learn_what_one_does(split, one_rank, tmp_path):
-    # Two micro-batches of one row on each rank: the same rows in each micro-batch.
-    run = launch(tmp_path, ranks=2, overrides=[*SETTINGS, "batch.micro_rows=1", *split])
-    assert run.code == 0, run.log
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Two micro-batches of one row on each rank: the same rows in each micro-batch."""
+    return train(tmp_path_factory.mktemp("two"), SPLITS, ranks=2, overrides=[*SETTINGS, "batch.micro_rows=1"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_ranks_write_and_learn_what_one_does(split, one_rank, two_ranks):
     for key in CURVES:
-        assert run.curve(key) == pytest.approx(one_rank.curve(key), rel=1e-4, abs=1e-5), key
+        assert two_ranks[split].curve(key) == pytest.approx(one_rank.curve(key), rel=1e-4, abs=1e-5), key

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from herd.run.lineage import read_lineage
-from tests.launch.launcher import launch
+from tests.launch.launcher import finish_ranks, launch, start_ranks
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
 
@@ -84,7 +84,8 @@ def test_mlflow_holds_the_run_tree_and_the_registered_models(herd):
 
 
 def test_an_identical_second_start_does_nothing_twice(herd):
-    again = launch(herd.folder.parent, train_only=False, resume="auto")
-    assert again.code == 0, again.log
+    program = ["-m", "distill"]
+    ranks = start_ranks(herd.folder.parent, program, ranks=2, overrides=[], resume="auto")
+    again = finish_ranks(ranks, herd.folder.parent)
     assert "exported and checked" not in again.log
     assert len(again.metrics()) == 16
