@@ -26,16 +26,19 @@ from torch import Tensor
 from transformers import Llama4TextConfig, PreTrainedTokenizerFast
 
 from quant.architectures import build_skeleton
+from quant.calibration.rows import BATCH_TOKENS
 from quant.formats.format import Header
 from quant.memory import total_bytes
 from quant.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
+MEMORY_GB = 0.25
 GPTQ = [
     *("--method", "gptq", "--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16"),
-    *("--row-tokens", "512", "--memory", "0.25"),
+    *("--row-tokens", "512", "--memory", str(MEMORY_GB)),
 ]
+IMPORTS = "import quant.exports, quant.gate_process, quant.quantized, quant.calibration.draw"
 # Decoder layers, hidden size, experts, and what the command is told.
 CASES: dict[str, tuple[int, int, int, list[str]]] = {
     "rtn-8": (8, 2048, 8, []),
@@ -213,6 +216,7 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
         "layer_bytes": layer_bytes(config),
         "export_bytes": written,
         "peak_rss_bytes": {kind: facts["VmHWM"] for kind, facts in watch.peaks.items()},
+        "floor_bytes": floor_bytes(config) if more else {},
         "peak_rss_before_check_bytes": watch.peak_until(done),
         "peak_rss_together_bytes": watch.together,
         "peaks": watch.peaks,
@@ -227,6 +231,19 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
         "disk_share_quantising": copying / quantising,
         "checked": json.loads(answer)["gate"]["facts"]["checked"],
         "command": " ".join(["python -m quant --scheme int4", *more]),
+    }
+
+
+def floor_bytes(config: Llama4TextConfig) -> dict[str, int]:
+    """What gptq needs: the libraries, a decoder layer quantised and not, Hessians as allowed, a batch twice."""
+    code = f"{IMPORTS}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return {
+        "libraries": 1024 * int(found.stdout),
+        "layers": 2 * layer_bytes(config),
+        "hessians": int(1e9 * MEMORY_GB),
+        "batch": 2 * 2 * BATCH_TOKENS * config.hidden_size,
     }
 
 
