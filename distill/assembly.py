@@ -82,8 +82,9 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     teacher_model = open_teacher(config, "teacher")
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
 
-    for name, student in config.students.items():
-        check_export_plans(name, student, student_models[name])
+    for name, model in student_models.items():
+        check_export_plans(name, config.students[name], model)
+
     learners = student_models | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
     transferred = {name: carry_over(config, name, model) for name, model in learners.items()}
     features = {

@@ -17,9 +17,10 @@ from quant.sources import ModelSource
 
 def check_export_plans(name: str, student: Student, model: PreTrainedModel) -> None:
     """Raise ConfigError for groups that do not divide a layer, an allocation of another model, an unknown format."""
+    source = ModelSource(model)
     for settings in student.quantize:
         try:
-            plan_method(ModelSource(model), chosen_formats(settings), settings.method)
+            plan_method(source, chosen_formats(settings), settings.method)
         except ConfigError as error:
             where = "" if settings.allocation is None else f" {settings.allocation}:"
             raise ConfigError(f"students.{name}.quantize:{where} {error}") from None
