@@ -30,6 +30,7 @@ from quant.calibration.draw import draw
 from quant.exports import COVERAGE
 from quant.gate_process import GateProcess
 from quant.methods.names import reads_rows
+from quant.options import read_choices
 from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
@@ -91,22 +92,26 @@ def compress(
     config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess
 ) -> Path:
     """Make one export, unless a whole one is there; returns its folder."""
-    name = export_name(student, settings.scheme, settings.container, settings.method)
+    name = export_name(student, settings)
     folder = run_folder / "exports" / name
     if not folder.exists():
         source = run_folder / "students" / student
         calibration = None
+        choices = None if settings.allocation is None else read_choices(settings.allocation)
         if reads_rows(settings.method, settings.scheme):
             calibration = draw(settings.calibration, config.data, source, out=folder)
         quantized = quant.quantize(
             source,
             scheme=settings.scheme,
+            allocation=choices,
             group_size=settings.group_size,
             container=settings.container,
             method=settings.method,
             calibration=calibration,
         )
-        child = tracker.nested(name, role="export", params=settings.model_dump())
+        child = tracker.nested(name, role="export", params=settings.model_dump(mode="json"))
+        if settings.allocation is not None:
+            child.artifact(settings.allocation)
         tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
         if calibration is not None:
