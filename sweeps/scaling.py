@@ -11,7 +11,7 @@ from typing import Any
 
 from herd.llama4.specs import SPECS, find_spec
 from herd.run.errors import ConfigError, DataError
-from herd.run.schema import Config, Model, Teacher
+from herd.run.schema import Config, Model, Teacher, Transfer
 
 SIZES = (
     "hidden_size",
@@ -170,10 +170,11 @@ def _sizes(model: Model | Teacher) -> dict[str, Any]:
 
 
 def _reasons(fit: Fit | None) -> str:
+    rules = Transfer(**(fit.rules if fit else {}))
     lines = [
         "Complete(d)P, arXiv 2512.22382 (herd/llama4/transfer.py): matrices by width ratio (rate 1/m, spread m^-0.5), "
         "branches by depth ratio^-1, rate by sqrt(batch ratio) x token ratio^-horizon_exponent.",
-        "The horizon is Marin's: exponent 0.3, Adam's averages over as many tokens (two steps at least).",
+        f"Here horizon_exponent is {rules.horizon_exponent}; Adam's averages reach over the same {rules.averages}.",
     ]
     if fit is None:
         lines.append("Exponents are theirs: no transfer check was given (--fit).")
