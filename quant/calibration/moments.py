@@ -29,13 +29,6 @@ class Input:
     value_nK: Tensor
     rows_n: Tensor | None
 
-    def times(self, root_T: Tensor | None) -> "Input":
-        """With each token multiplied by its factor, fp32: moments then count it by the square. None: as it is."""
-        if root_T is None:
-            return self
-        root_n = root_T if self.rows_n is None else root_T[self.rows_n]
-        return Input(self.value_nK.float() * root_n[:, None], self.rows_n)
-
 
 @dataclass
 class Moments:
@@ -129,12 +122,11 @@ def measure(
     *,
     summed: Iterable[str] | None = None,
     reference: Reference | None = None,
-    weighted: bool = False,
 ) -> Moments:
     """Run rows through a decoder layer and take the moments of the inputs of the named layers.
 
     summed: the keys whose sums are kept (all); the sums of banks and the counts are always of all. With a reference,
-    also how far inputs are from those of the unquantised model. weighted: tokens count by `token_roots`.
+    also how far inputs are from those of the unquantised model.
     """
     moments = Moments()
     names = list(names)
@@ -146,21 +138,9 @@ def measure(
         if reference is not None:
             with reference.unquantised():
                 exact = _inputs(decoder, index, layer, exact_BTH, names, prefix)
-        root_T = token_roots(hidden_BTH) if weighted else None
         for key, found in seen.items():
-            paired = exact[key].times(root_T) if key in exact else None
-            moments.add(key, found.times(root_T), paired, summed=key in kept)
+            moments.add(key, found, exact.get(key), summed=key in kept)
     return moments
-
-
-def token_roots(hidden_BTH: Tensor) -> Tensor:
-    """Roots [T] of the weights of tokens, fp32: a weight is one over the root mean square of the residual stream.
-
-    What a layer puts out is added to the residual stream, which the next norm divides by its size: an error on a large
-    one is felt less. Weighed by the inverse square, as that says, few tokens decide (docs/experiments.md).
-    """
-    square_T = hidden_BTH.float().square().mean(-1).flatten()
-    return square_T.clamp(min=torch.finfo(torch.float32).tiny).pow(-0.25)
 
 
 def _inputs(

@@ -127,10 +127,7 @@ class Block:
         walk, index = self._walk, self._index
         reference = None if walk._exact is None else Reference(walk._exact.read(index), self.unquantised)
         batches = walk._activations.read(index)
-        weighted = walk._method.weighs_tokens
-        return measure(
-            walk.decoder, index, self._module, batches, names, summed=keys, reference=reference, weighted=weighted
-        )
+        return measure(walk.decoder, index, self._module, batches, names, summed=keys, reference=reference)
 
     def _more(self, before: Moments, names: Sequence[str], keys: Sequence[str]) -> Moments:
         """The sums of further keys, with the banks' sums, which the first pass took of all of them."""

@@ -27,7 +27,6 @@ class Gptq(Method):
     """Added to the Hessian's diagonal, as a share of its mean: what few tokens cannot tell is not believed."""
     rounds: int = 3
     """Times that scales are fitted to the codes and codes to each other afterwards (`refinement`)."""
-    weighs_tokens: bool = True
 
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:
         weight_ENK, hessian_EKK = weight_ENK.float(), damped(hessian_EKK, self.damping)

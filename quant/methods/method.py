@@ -24,9 +24,6 @@ class Method(ABC):
     corrects = False
     """Aims at what the unquantised model puts out, not at what its own weights make of inexact inputs (`targets`)."""
 
-    weighs_tokens = False
-    """Counts a token's error for less where the residual stream is large (`quant.calibration.moments.token_roots`)."""
-
     @abstractmethod
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:
         """Codes int8 [E, N, K] and their parameters, for finite weights."""

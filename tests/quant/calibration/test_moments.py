@@ -51,22 +51,6 @@ def test_experts_hessians_are_of_the_routed_and_scaled_inputs_of_transformers(mo
     assert torch.allclose(bank, sum(moments.sums.values()), rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_counts_by_one_over_the_size_of_its_residual_stream(folders, tokens_BT):
-    decoder = decoder_of(folders["scout"])
-    bank = "model.layers.0.feed_forward.experts"
-    names = [f"{bank}.{e}.down_proj" for e in range(4)] + ["model.layers.0.feed_forward.shared_expert.up_proj"]
-    hidden_BTH = decoder.embed(tokens_BT)
-    with decoder.layer(0) as layer:
-        batches = [row_TH[None] for row_TH in hidden_BTH]
-        plain = [measure(decoder, 0, layer, [batch[:, :1]], names) for batch in batches]
-        first = [measure(decoder, 0, layer, [batch[:, :1]], names, weighted=True) for batch in batches]
-    for hidden_1TH, alone, counted in zip(batches, plain, first, strict=True):
-        size = hidden_1TH[0, 0].float().square().mean().sqrt()
-        assert alone.sums.keys() == counted.sums.keys() and len(alone.sums) == 2  # the shared expert and one routed
-        for key, sum_KK in alone.sums.items():
-            assert torch.allclose(counted.sums[key], sum_KK / size, rtol=1e-4, atol=1e-6)
-
-
 def filled(counts: list[int], columns: int = 8) -> Moments:
     moments = Moments()
     generator = torch.Generator().manual_seed(0)
