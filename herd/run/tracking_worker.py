@@ -57,7 +57,7 @@ class Worker(threading.Thread):
                 stopping, asked, urgent = self._stopping, self._asked, self._asked > self._tried
                 self._tried = asked
             now = time.monotonic()
-            if self._sampler and now >= self._next_sample and not stopping:
+            if self._sampler and now >= self._next_sample:  # at the end too: a short run is to have one sample
                 self._sample(now)
             if stopping or urgent or now >= self._next_send:
                 self._send(asked)
