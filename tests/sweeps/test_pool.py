@@ -109,40 +109,29 @@ def test_an_objective_no_run_reports_is_named_with_what_there_is(tmp_path):
         sweeps.run(study)
 
 
-def test_another_space_under_the_same_name_is_refused_with_the_difference(tmp_path):
-    study = studies.make(tmp_path, budget={"trials": 1})
-    sweeps.run(study)
+def test_a_larger_budget_goes_on_where_the_study_was_and_another_space_is_refused_with_the_difference(tmp_path):
+    sweeps.run(studies.make(tmp_path, budget={"trials": 1}))
     other = studies.make(tmp_path, budget={"trials": 1}, space={"optim.lr": Range(low=1e-4, high=1e-2, log=True)})
     with pytest.raises(ConfigError, match=r"space: \+.*0.01"):
         sweeps.run(other)
-
-
-def test_a_larger_budget_goes_on_where_the_study_was(tmp_path):
-    sweeps.run(studies.make(tmp_path, budget={"trials": 2}))
-    result = sweeps.run(studies.make(tmp_path, budget={"trials": 4}))
-    assert len(result.trials) == 4
-
-
-def test_a_grid_runs_every_point_once(tmp_path):
-    space = {"optim.lr": Range(low=0.001, high=0.004, step=0.001)}
-    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 4})
-    assert sorted(t.overrides for t in sweeps.run(study).trials) == [
-        (f"optim.lr={v}",) for v in (0.001, 0.002, 0.003, 0.004)
-    ]
+    study = studies.make(tmp_path, budget={"trials": 3})
+    assert len(sweeps.run(study).trials) == 3
+    assert len((study.home / "starts").read_text().split()) == 3
 
 
 def test_wilcoxon_stops_a_trial_that_loses_seed_after_seed(tmp_path):
-    study = studies.make(tmp_path, seeds=8, pruner={"kind": "wilcoxon", "startup": 4}, budget={"trials": 6})
+    study = studies.make(tmp_path, seeds=6, pruner={"kind": "wilcoxon", "startup": 4}, budget={"trials": 5})
     result = sweeps.run(study)
     best = result.best
     assert any(trial.state == "pruned" and trial.why.startswith("seed ") for trial in result.trials)
     assert best.state == "complete"
 
 
-def test_repeats_are_paired_with_fresh_seeds(tmp_path):
-    space = {"optim.lr": Range(low=0.003, high=0.004, step=0.001)}
-    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 2}, repeats={"seeds": 3})
+def test_a_grid_runs_every_point_once_and_repeats_are_paired_with_fresh_seeds(tmp_path):
+    space = {"optim.lr": Range(low=0.003, high=0.005, step=0.001)}
+    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, budget={"trials": 3}, repeats={"seeds": 2})
     result = sweeps.run(study)
+    assert sorted(t.overrides for t in result.trials) == [(f"optim.lr={v}",) for v in (0.003, 0.004, 0.005)]
     assert result.best.overrides == ("optim.lr=0.003",)
     expected = result.best.values[0] - result.default.values[0]
     assert result.repeats["difference"] == pytest.approx(expected, abs=1e-9)  # the stub's seeds shift both alike
