@@ -23,7 +23,9 @@ from distill.losses.divergences import NAMES
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters.clear()
-    yield
+    # Every compiler knows AVX2, or no vectors; to try which of five sets it knows takes half of the tests' time.
+    with _inductor.config.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 256}):
+        yield
     _dynamo.reset()
     compiled.cache_clear()
 

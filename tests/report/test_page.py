@@ -156,9 +156,8 @@ def test_a_run_of_which_one_file_is_left_still_gets_a_report(tmp_path: Path, onl
     assert "Not known from this run folder" in text or only == "evals.json"
 
 
-@pytest.mark.parametrize("steps", [1, 7])
-def test_a_run_of_few_steps_gets_a_report(tmp_path: Path, steps: int) -> None:
-    folder = fabricate_run(tmp_path / "nano", steps=steps)
+def test_a_run_of_one_step_gets_a_report(tmp_path: Path) -> None:
+    folder = fabricate_run(tmp_path / "nano", steps=1)
     assert "losses" in herd.report.write(folder).read_text()
 
 

@@ -6,26 +6,33 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from herd.run import launcher, ranks
 from herd.run.errors import ENVIRONMENT, EnvironmentFault
 
-STEP_UNTIL_STOPPED = """
+STOPS = [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)]  # and the rank that gets it
+TWO_RANKS = """
 import sys, time
-import torch.distributed as dist
+import torch, torch.distributed as dist
 from herd.run import ranks
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=ranks.rank(), world_size=2)
-with ranks.StopFlag() as stop:
-    for step in range(10_000):
-        print(step, flush=True)
-        time.sleep(0.002 * (1 + ranks.rank()))
-        if stop.requested_anywhere():
-            break
-print("stopped", step, flush=True)
+for _ in range(3):
+    with ranks.StopFlag() as stop:
+        for step in range(10_000):
+            print("step", step, flush=True)
+            time.sleep(0.002 * (1 + ranks.rank()))
+            if stop.requested_anywhere():
+                break
+    print("stopped", step, flush=True)
+mine = torch.tensor([1.0, 10.0 * ranks.rank()], dtype=torch.float64)
+total = ranks.all_reduce_sum(mine)
+ranks.barrier()
+print(total.tolist(), mine.tolist(), ranks.broadcast_text("héllo" if ranks.is_main() else "other"), ranks.is_main())
+print(repr(ranks.broadcast_text("")))
 ranks.shut_down()
+print(ranks.all_reduce_sum(mine).tolist(), ranks.rank())
 """
 WORK_FOR_EVER = """
 import time
@@ -37,19 +44,6 @@ def body():
             time.sleep(0.01)
             print(stop.requested, flush=True)
 cli.main_guard(body)
-"""
-COLLECTIVES = """
-import sys
-import torch, torch.distributed as dist
-from herd.run import ranks
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=ranks.rank(), world_size=2)
-mine = torch.tensor([1.0, 10.0 * ranks.rank()], dtype=torch.float64)
-total = ranks.all_reduce_sum(mine)
-ranks.barrier()
-print(total.tolist(), mine.tolist(), ranks.broadcast_text("héllo" if ranks.is_main() else "other"), ranks.is_main())
-print(repr(ranks.broadcast_text("")))
-ranks.shut_down()
-print(ranks.all_reduce_sum(mine).tolist(), ranks.rank())
 """
 JOIN = """
 import sys
@@ -79,23 +73,34 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.fixture
-def two(request: pytest.FixtureRequest, tmp_path: object) -> Iterator[list[subprocess.Popen]]:
-    """The script in `request.param` on two ranks."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """What two ranks print that are stopped three times, a different way each time, and then talk to each other."""
+    meeting = tmp_path_factory.mktemp("two") / "meeting"
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", request.param, f"{tmp_path}/meeting"],
+            [sys.executable, "-c", TWO_RANKS, str(meeting)],
             env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo"),
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    yield children
-    for child in children:
-        child.kill()
-        child.communicate()
+    lines: list[list[str]] = [[], []]
+    for number, asked in STOPS:
+        for child in children:
+            assert child.stdout.readline() == "step 0\n"
+        time.sleep(0.05)
+        children[asked].send_signal(number)
+        for mine, child in zip(lines, children, strict=True):
+            line = child.stdout.readline()
+            while line.startswith("step "):
+                line = child.stdout.readline()
+            mine.append(line.strip())
+    for mine, child in zip(lines, children, strict=True):
+        mine += child.communicate()[0].splitlines()
+    assert [child.returncode for child in children] == [0, 0]
+    return lines
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -103,19 +108,10 @@ def environment(**variables: str) -> dict[str, str]:
     return bare | {"OMP_NUM_THREADS": "1"} | variables
 
 
-@pytest.mark.parametrize("two", [STEP_UNTIL_STOPPED], indirect=True)
-@pytest.mark.parametrize(("number", "asked"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    two: list[subprocess.Popen], number: signal.Signals, asked: int
-) -> None:
-    for child in two:
-        child.stdout.readline()
-    time.sleep(0.05)
-    two[asked].send_signal(number)
-    ends = [child.communicate()[0].splitlines()[-1] for child in two]
-    assert ends[0] == ends[1]
-    assert ends[0].startswith("stopped ")
-    assert [child.returncode for child in two] == [0, 0]
+@pytest.mark.parametrize("at", range(len(STOPS)))
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(two: list[list[str]], at: int) -> None:
+    assert two[0][at] == two[1][at]
+    assert two[0][at].startswith("stopped ")
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once_and_one_sigterm_does_not() -> None:
@@ -160,11 +156,9 @@ def test_ranks_leave_no_shared_memory_behind_even_when_killed() -> None:
     assert [child.communicate()[0].splitlines()[-1] for child in children] == ["2000.0 2 []"] * 2
 
 
-@pytest.mark.parametrize("two", [COLLECTIVES], indirect=True)
-def test_collectives_give_every_rank_the_same_and_leave_the_input_alone(two: list[subprocess.Popen]) -> None:
-    outputs = [child.communicate()[0].splitlines() for child in two]
-    assert outputs[0] == ["[2.0, 10.0] [1.0, 0.0] héllo True", "''", "[1.0, 0.0] 0"]
-    assert outputs[1] == ["[2.0, 10.0] [1.0, 10.0] héllo False", "''", "[1.0, 10.0] 1"]
+def test_collectives_give_every_rank_the_same_and_leave_the_input_alone(two: list[list[str]]) -> None:
+    assert two[0][len(STOPS) :] == ["[2.0, 10.0] [1.0, 0.0] héllo True", "''", "[1.0, 0.0] 0"]
+    assert two[1][len(STOPS) :] == ["[2.0, 10.0] [1.0, 10.0] héllo False", "''", "[1.0, 10.0] 1"]
 
 
 def test_without_a_launcher_a_group_of_one_forms_that_the_network_cannot_reach() -> None:
