@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
 STUDY = ROOT / "configs" / "sweeps" / "proxy.yaml"
 PRUNERS = (
+    Pruner(kind="halving", factor=2),
     Pruner(kind="halving", factor=3),
-    Pruner(kind="halving", factor=4),
     Pruner(kind="hyperband", factor=3),
     Pruner(kind="median"),
 )
@@ -105,8 +105,9 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=200, help="of the replays")
     options = parser.parse_args()
     os.chdir(ROOT)
+    storages.quiet()
     pruned = settings.load(STUDY)
-    whole = settings.load(STUDY, ["pruner.kind=none", f"name={pruned.name}-unpruned"])
+    whole = settings.load(STUDY, ["pruner={kind: none}", "repeats.seeds=0", f"name={pruned.name}-unpruned"])
     for study in (whole, pruned):
         sweeps.run(study, workers=options.workers)
     found = {"unpruned": summary(whole), "pruned": summary(pruned)}

@@ -1,6 +1,6 @@
 """Peak memory and bytes a second of `python -m quant` on checkpoints in Llama 4's layout, several times its memory.
 
-    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-1 gptq-4] [--scratch DIR]
+    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-2 gptq-4 gptq-8] [--scratch DIR]
 
 Every case makes a checkpoint of random weights in shards of 2 GB in a temporary folder of --scratch, drops it from the
 page cache, quantises it in a fresh process while /proc is read, and removes everything. Writes results/streaming.json.
@@ -26,34 +26,38 @@ from torch import Tensor
 from transformers import Llama4TextConfig, PreTrainedTokenizerFast
 
 from quant.architectures import build_skeleton
+from quant.calibration.rows import BATCH_TOKENS
 from quant.formats.format import Header
 from quant.memory import total_bytes
 from quant.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
+MEMORY_GB = 0.25
 GPTQ = [
     *("--method", "gptq", "--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16"),
-    *("--row-tokens", "512", "--memory", "0.25"),
+    *("--row-tokens", "512", "--memory", str(MEMORY_GB)),
 ]
-# Decoder layers, hidden size, and what the command is told.
-CASES: dict[str, tuple[int, int, list[str]]] = {
-    "rtn-8": (8, 2048, []),
-    "rtn-34": (34, 2048, []),
-    "gptq-1": (1, 1024, GPTQ),
-    "gptq-4": (4, 1024, GPTQ),
+IMPORTS = "import quant.exports, quant.gate_process, quant.quantized, quant.calibration.draw"
+# Decoder layers, hidden size, experts, and what the command is told.
+CASES: dict[str, tuple[int, int, int, list[str]]] = {
+    "rtn-8": (8, 2048, 8, []),
+    "rtn-34": (34, 2048, 8, []),
+    "gptq-2": (2, 512, 16, GPTQ),
+    "gptq-4": (4, 512, 16, GPTQ),
+    "gptq-8": (8, 512, 16, GPTQ),
 }
 SHARD_BYTES = 2 * 10**9
 PROBE_BYTES = 1 << 30
 SECONDS = 0.05  # between two looks at /proc
 
 
-def layout(layers: int, width: int) -> Llama4TextConfig:
-    """A text-only Scout of another size: 8 experts in every layer, 124 M weights a layer at a width of 2048."""
+def layout(layers: int, width: int, experts: int) -> Llama4TextConfig:
+    """A text-only Scout of another size: 124 M weights a layer at a width of 2048 with 8 experts."""
     return Llama4TextConfig(
         vocab_size=32768, hidden_size=width, intermediate_size=width, intermediate_size_mlp=2 * width,
         num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=8, head_dim=64,
-        num_local_experts=8, num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=4096,
+        num_local_experts=experts, num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=4096,
         attention_chunk_size=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         architectures=["Llama4ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
@@ -129,10 +133,13 @@ class Watch(threading.Thread):
         self._over = threading.Event()
         self.peaks: dict[str, dict[str, int]] = {}
         self.together = 0
+        self.highest: list[tuple[float, int]] = []
+        """Time of day, and the quantising process's peak so far."""
 
     def run(self) -> None:
         while not self._over.wait(SECONDS):
             seen = {kind: status(pid) for kind, pid in family(self._pid).items()}
+            self.highest.append((time.time(), seen["quantising"].get("VmHWM", 0)))
             self.together = max(self.together, sum(facts.get("VmRSS", 0) for facts in seen.values()))
             for kind, facts in seen.items():
                 kept = self.peaks.setdefault(kind, {})
@@ -142,6 +149,10 @@ class Watch(threading.Thread):
     def end(self) -> None:
         self._over.set()
         self.join()
+
+    def peak_until(self, moment: float) -> int:
+        """Of the quantising process, before it checks what it has written."""
+        return max(peak for when, peak in self.highest if when <= moment)
 
 
 def family(pid: int) -> dict[str, int]:
@@ -170,8 +181,8 @@ def status(pid: int) -> dict[str, int]:
 
 def run_case(name: str, scratch: Path) -> dict[str, Any]:
     """Make the checkpoint, plan, quantise, measure."""
-    layers, width, more = CASES[name]
-    config = layout(layers, width)
+    layers, width, experts, more = CASES[name]
+    config = layout(layers, width, experts)
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         source, out = Path(temporary) / "source", Path(temporary) / "out"
         size = make_checkpoint(source, config)
@@ -190,19 +201,23 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
         watch.end()
         assert process.returncode == 0, process.returncode
         after = os.times()
-        quantising = max(path.stat().st_mtime for path in out.glob("*.safetensors")) - wall
+        done = max(path.stat().st_mtime for path in out.glob("*.safetensors"))
         written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         shutil.rmtree(source)
     cpu = sum(after[2:4]) - sum(before[2:4])
+    quantising = done - wall
     copying = size / disk["read_bytes_per_s"] + written / disk["write_bytes_per_s"]
     return {
         "case": name,
         "layers": layers,
         "hidden_size": width,
+        "experts": experts,
         "checkpoint_bytes": size,
         "layer_bytes": layer_bytes(config),
         "export_bytes": written,
         "peak_rss_bytes": {kind: facts["VmHWM"] for kind, facts in watch.peaks.items()},
+        "floor_bytes": floor_bytes(config) if more else {},
+        "peak_rss_before_check_bytes": watch.peak_until(done),
         "peak_rss_together_bytes": watch.together,
         "peaks": watch.peaks,
         "planned": {key: value for key, value in json.loads(plan.stdout).items() if key.startswith("estimated")},
@@ -216,6 +231,19 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
         "disk_share_quantising": copying / quantising,
         "checked": json.loads(answer)["gate"]["facts"]["checked"],
         "command": " ".join(["python -m quant --scheme int4", *more]),
+    }
+
+
+def floor_bytes(config: Llama4TextConfig) -> dict[str, int]:
+    """What gptq needs: the libraries, a decoder layer quantised and not, Hessians as allowed, a batch twice."""
+    code = f"{IMPORTS}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return {
+        "libraries": 1024 * int(found.stdout),
+        "layers": 2 * layer_bytes(config),
+        "hessians": int(1e9 * MEMORY_GB),
+        "batch": 2 * 2 * BATCH_TOKENS * config.hidden_size,
     }
 
 
@@ -246,6 +274,7 @@ def describe(found: dict[str, Any]) -> str:
     sizes = f"{found['checkpoint_bytes'] / 1e9:.2f} GB -> {found['export_bytes'] / 1e9:.2f} GB"
     return (
         f"{found['case']}: {sizes}, peak {peaks}, "
+        f"before the check {found['peak_rss_before_check_bytes'] / 1e6:,.0f} MB, "
         f"together {found['peak_rss_together_bytes'] / 1e6:,.0f} MB; {found['seconds']:.0f} s, "
         f"{found['seconds_quantising']:.0f} s of them quantising ({found['cpu_seconds']:.0f} s CPU), "
         f"{found['bytes_per_s_quantising'] / 1e6:.0f} MB/s, {found['disk_share_quantising']:.2f} of the disk's rate"

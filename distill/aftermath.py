@@ -31,6 +31,7 @@ from quant.calibration.draw import draw
 from quant.exports import COVERAGE
 from quant.gate_process import GateProcess
 from quant.methods.names import reads_rows
+from quant.options import read_choices
 from teachers.cache.identity import LINEAGE_KEY
 
 LICENCE = "apache-2.0"  # of models built from a spec; one that started from other weights keeps theirs
@@ -69,13 +70,15 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
     """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
-    wanted = [(student, settings) for student, each in config.students.items() for settings in each.quantize]
-    missing = [one for one in wanted if not export_folder(run_folder, *one).exists()]
+    wanted = [export_name(student, one) for student, facts in config.students.items() for one in facts.quantize]
+    missing = any(not (run_folder / "exports" / name).exists() for name in wanted)
     # Both processes import what they need while the exports are made.
     with evals.Probe() as probe, GateProcess() if missing else nullcontext() as gate:
-        for student, settings in missing:
-            compress(config, run_folder, student, settings, tracker, gate)
-        exports = {export_folder(run_folder, *one): run_folder / "students" / one[0] for one in wanted}
+        exports = {
+            compress(config, run_folder, student, settings, tracker, gate): run_folder / "students" / student
+            for student, facts in config.students.items()
+            for settings in facts.quantize
+        }
         results = evaluate_all(config, run_folder, exports, probe)
     for result in results:
         register(result.entry(), config, tracker)
@@ -88,40 +91,41 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     print(f"report: {page}", flush=True)
 
 
-def export_folder(run_folder: Path, student: str, settings: Quantize) -> Path:
-    """Where an export of a student is."""
-    return run_folder / "exports" / export_name(student, settings.scheme, settings.container, settings.method)
-
-
 def compress(
-    config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess
-) -> None:
-    """Make one export."""
-    folder = export_folder(run_folder, student, settings)
-    name = folder.name
-    source = run_folder / "students" / student
-    calibration = None
-    if reads_rows(settings.method, settings.scheme):
-        calibration = draw(settings.calibration, config.data, source, out=folder)
-    quantized = quant.quantize(
-        source,
-        scheme=settings.scheme,
-        group_size=settings.group_size,
-        container=settings.container,
-        method=settings.method,
-        calibration=calibration,
-    )
-    child = tracker.nested(name, role="export", params=settings.model_dump())
-    tracker.flush(5)  # so that the export knows its run
-    lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
-    if calibration is not None:
-        rows = calibration.rows
-        child.dataset("calibration rows", rows.source, rows.fingerprint, "calibration")
-    quant.export(quantized, folder, lineage=lineage, gate=gate)
-    if (folder / COVERAGE).is_file():
-        summary = json.loads((folder / COVERAGE).read_text())["summary"]
-        child.metrics({f"calibration/{key}": float(value) for key, value in summary.items()}, step=config.run.steps)
-    print(f"{name}: exported and checked, {folder}")
+    config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess | None
+) -> Path:
+    """Make one export, which takes a gate, unless a whole one is there; returns its folder."""
+    name = export_name(student, settings)
+    folder = run_folder / "exports" / name
+    if not folder.exists():
+        source = run_folder / "students" / student
+        calibration = None
+        choices = None if settings.allocation is None else read_choices(settings.allocation)
+        if reads_rows(settings.method, settings.scheme):
+            calibration = draw(settings.calibration, config.data, source, out=folder)
+        quantized = quant.quantize(
+            source,
+            scheme=settings.scheme,
+            allocation=choices,
+            group_size=settings.group_size,
+            container=settings.container,
+            method=settings.method,
+            calibration=calibration,
+        )
+        child = tracker.nested(name, role="export", params=settings.model_dump(mode="json"))
+        if settings.allocation is not None:
+            child.artifact(settings.allocation)
+        tracker.flush(5)  # so that the export knows its run
+        lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
+        if calibration is not None:
+            rows = calibration.rows
+            child.dataset("calibration rows", rows.source, rows.fingerprint, "calibration")
+        quant.export(quantized, folder, lineage=lineage, gate=gate)
+        if (folder / COVERAGE).is_file():
+            summary = json.loads((folder / COVERAGE).read_text())["summary"]
+            child.metrics({f"calibration/{key}": float(value) for key, value in summary.items()}, step=config.run.steps)
+        print(f"{name}: exported and checked, {folder}")
+    return folder
 
 
 def evaluate_all(config: Config, run_folder: Path, exports: dict[Path, Path], probe: evals.Probe) -> list[evals.Result]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import weighting
 from distill.engine import Member, build_member
+from distill.export_plans import check_export_plans
 from distill.features import FeatureLosses, build_features
 from distill.objectives.codistillation import Herd, Pupil
 from distill.objectives.on_policy import OnPolicyHerd
@@ -80,6 +81,9 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
 
     teacher_model = open_teacher(config, "teacher")
     student_models = {name: _open(config, name, student, tokenizer) for name, student in config.students.items()}
+
+    for name, model in student_models.items():
+        check_export_plans(name, config.students[name], model)
 
     learners = student_models | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
     transferred = {name: carry_over(config, name, model) for name, model in learners.items()}

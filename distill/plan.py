@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
+from distill.export_plans import check_export_plans
 from distill.features import build_features
 from distill.losses.chunks import chunk_of
 from herd.data.corpora import check_source
@@ -88,6 +89,9 @@ def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:
             or chunk_of(text.vocab_size, 2 if config.run.precision == "bf16" else 4, GPU),
         )
         plans[name] = plan(text, setup)
+        if name in config.students and config.students[name].quantize:
+            with torch.device("meta"):
+                check_export_plans(name, config.students[name], AutoModelForCausalLM.from_config(text))
     return plans
 
 

@@ -51,6 +51,7 @@ def transferred_of(config: Config, name: str, text: PretrainedConfig) -> Transfe
         batch=step / (transfer.batch_tokens or step),
         tokens=steps * step / (transfer.tokens or steps * step),
         exponent=transfer.horizon_exponent,
+        averages=transfer.averages,
     )
     rules = scales(small, text, horizon, depth_exponent=transfer.depth_exponent)
     return Transferred(rules, betas(config.optim.betas, horizon))

@@ -44,7 +44,7 @@ def check_method_options(options: argparse.Namespace) -> None:
     if options.scheme is not None:
         check_method(options.method, options.scheme)
     given = [name for name in CALIBRATED if getattr(options, name) is not None]
-    if given and not _reads_rows(options):
+    if given and not reads_rows(options.method, options.scheme):
         flag = "--" + given[0].replace("_", "-")
         calibrated = " or ".join(name for name, kind in METHODS.items() if kind.calibrated)
         raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
@@ -56,15 +56,15 @@ def check_method_options(options: argparse.Namespace) -> None:
 
 
 def read_choices(path: Path) -> dict[str, str]:
-    """The mapping of an allocation's JSON file; ConfigError when it is none."""
+    """The mapping of an allocation's JSON file; ConfigError naming the file when it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--allocation {path}: no such file; give a JSON file of groups and schemes") from None
+        raise ConfigError(f"allocation {path}: no such file; give a JSON file of groups and schemes") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--allocation {path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"allocation {path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content or not all(isinstance(label, str) for label in content.values()):
-        raise ConfigError(f'--allocation {path}: must map groups to schemes, such as {{"*.experts": "int4-g64"}}')
+        raise ConfigError(f'allocation {path}: must map groups to schemes, such as {{"*.experts": "int4-g64"}}')
     return content
 
 
@@ -96,11 +96,6 @@ def data_of(options: argparse.Namespace) -> Data:
     return data if options.row_tokens is None else data.model_copy(update={"sequence_length": options.row_tokens})
 
 
-def _reads_rows(options: argparse.Namespace) -> bool:
-    """Whether quantising needs rows; the schemes of an allocation take none by themselves."""
-    return METHODS[options.method].calibrated if options.scheme is None else reads_rows(options.method, options.scheme)
-
-
 def memory_bytes(options: argparse.Namespace) -> int:
     """What Hessians and solving may take."""
     return int(1e9 * (MEMORY_GB if options.memory is None else options.memory))
@@ -108,7 +103,7 @@ def memory_bytes(options: argparse.Namespace) -> int:
 
 def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | None":
     """The rows, for a method that needs them."""
-    if not _reads_rows(options):
+    if not reads_rows(options.method, options.scheme):
         return None
     from quant.calibration.draw import draw
 

@@ -105,13 +105,7 @@ def quantize(
     if (scheme is None) == (allocation is None):
         raise ConfigError("quantize: give either a scheme for all layers or an allocation")
     chosen = Scheme.named(scheme, group_size, container) if allocation is None else allocation
-    plan = make_plan(source, chosen, ignore=ignore)
-    if allocation is None:
-        check_method(method, scheme)
-    else:
-        check_mixed(method, [each.name for each in plan.allocation.schemes])
-    if method == "awq":
-        check_wired(architecture(plan.config))
+    plan = plan_method(source, chosen, method, ignore=ignore)
     folder = Path(model) if isinstance(source, FolderSource) else None
     if METHODS[method].calibrated:
         if calibration is None:
@@ -125,6 +119,18 @@ def quantize(
     ranges = RangeBook(plan, source, input_absmax)
     tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
     return QuantizedModel(plan, tensors if folder else dict(tensors.items()), source.generation, folder, method)
+
+
+def plan_method(source: Source, chosen: Scheme | Mapping[str, str], method: str, *, ignore: Sequence[str] = ()) -> Plan:
+    """The plan of a method for a scheme or an allocation's choices, from shapes alone; ConfigError for a misfit."""
+    plan = make_plan(source, chosen, ignore=ignore)
+    if isinstance(chosen, Scheme):
+        check_method(method, chosen.name)
+    else:
+        check_mixed(method, [each.name for each in plan.allocation.schemes])
+    if method == "awq":
+        check_wired(architecture(plan.config))
+    return plan
 
 
 def compress_layer(plan: Plan, source: Source, ranges: RangeBook, method: Method, layer: Layer) -> dict[str, Tensor]:

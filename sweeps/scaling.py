@@ -11,7 +11,7 @@ from typing import Any
 
 from herd.llama4.specs import SPECS, find_spec
 from herd.run.errors import ConfigError, DataError
-from herd.run.schema import Config, Model, Teacher
+from herd.run.schema import Config, Model, Teacher, Transfer
 
 SIZES = (
     "hidden_size",
@@ -38,8 +38,8 @@ class Fit:
     """A transfer check's exponents and what it saw, where one was made."""
 
     source: str
-    horizon: float
-    depth: float
+    rules: dict[str, Any]
+    """Fields of `transfer`: the fitted exponent of the horizon, and what else the check went by."""
     notes: dict[str, str]
     """Direction -> a line."""
 
@@ -56,8 +56,10 @@ class Fit:
             raise DataError(f"--fit {path}: not a transfer check's; make one with python -m sweeps transfer")
         settings, exponents = tree["settings"], tree["exponents"]
         horizon = exponents.get("horizon", {}).get("value", settings["horizon_exponent"])
+        rules = {name: settings[name] for name in ("depth_exponent", "averages")}
+        rules["horizon_exponent"] = round(min(1.0, max(0.0, horizon)), 3)
         notes = {grid["along"]: _seen(grid) for grid in tree["grids"] if grid["ruled"]}
-        return cls(str(path), round(min(1.0, max(0.0, horizon)), 3), settings["depth_exponent"], notes)
+        return cls(str(path), rules, notes)
 
 
 @dataclass
@@ -143,7 +145,7 @@ def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: 
         "batch_tokens": step_tokens,
         "tokens": steps * step_tokens,
     }
-    return block | ({"depth_exponent": fit.depth, "horizon_exponent": fit.horizon} if fit else {})
+    return block | (fit.rules if fit else {})
 
 
 def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config) -> str:
@@ -168,12 +170,14 @@ def _sizes(model: Model | Teacher) -> dict[str, Any]:
 
 
 def _reasons(fit: Fit | None) -> str:
+    rules = Transfer(**(fit.rules if fit else {}))
     lines = [
         "Complete(d)P, arXiv 2512.22382 (herd/llama4/transfer.py): matrices by width ratio (rate 1/m, spread m^-0.5), "
         "branches by depth ratio^-1, rate by sqrt(batch ratio) x token ratio^-horizon_exponent.",
+        f"Here horizon_exponent is {rules.horizon_exponent}; Adam's averages reach over the same {rules.averages}.",
     ]
     if fit is None:
-        lines.append("Exponents are the paper's: no transfer check was given (--fit).")
+        lines.append("Exponents are theirs: no transfer check was given (--fit).")
     else:
         lines += [f"Fit, {fit.source}:", *(f"  {along}: {line}" for along, line in fit.notes.items())]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ A factor is for the large model over the small one. m_d width ratio, m_L depth r
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,8 +29,10 @@ class Horizon:
 
     batch: float = 1.0
     tokens: float = 1.0
-    exponent: float = 0.5
-    """Of the learning rate's fall with the run's tokens: 0.5 in the paper, 0.3 fitted by Marin; fit your own."""
+    exponent: float = 0.3
+    """Of the learning rate's fall with the run's tokens: 0.3 fitted by Marin, 0.5 in the paper; fit your own."""
+    averages: Literal["tokens", "steps", "run"] = "tokens"
+    """What Adam's averages reach over: as many tokens (Marin), as many steps, or the same share of the run (paper)."""
 
     @property
     def ratio(self) -> float:
@@ -38,7 +41,7 @@ class Horizon:
 
     @property
     def lr(self) -> float:
-        """sqrt(batch) x tokens^-exponent; sqrt(r) at the paper's exponent."""
+        """sqrt(batch) x tokens^-exponent: sqrt(r) at the paper's exponent."""
         return self.batch**0.5 * self.tokens**-self.exponent
 
 
@@ -84,8 +87,12 @@ def scales(
 
 
 def betas(small: tuple[float, float], horizon: Horizon) -> tuple[float, float]:
-    """Adam's averages over the same number of tokens relative to the run: 1 - beta grows as r (at most to 1)."""
-    first, second = (1 - min(1.0, (1 - beta) * horizon.ratio) for beta in small)
+    """Adam's averages over as many tokens, steps, or the same share of the run: 1 - beta grows as b, stays, or as r.
+
+    None reaches over fewer than two steps, unless the small one did.
+    """
+    growth = {"tokens": horizon.batch, "steps": 1.0, "run": horizon.ratio}[horizon.averages]
+    first, second = (1 - min(max(1 - beta, 1 / 2), (1 - beta) * growth) for beta in small)
     return first, second
 
 

@@ -3,12 +3,14 @@
 for line in faults(config): ...        micro_rows, accumulation = split_batch(config, world_size=2)
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from herd.run import deepspeed_config, learning_checks, source_checks
 from herd.run.errors import ConfigError
-from herd.run.schema import Config
+from herd.run.schema import Config, Quantize
+from herd.run.section import NAME
 
 RESERVED = ("teacher",)  # the teacher's own name in metrics, checkpoints and tracking
 
@@ -22,13 +24,7 @@ def faults(config: Config) -> Iterator[str]:
         cause = none if config.teacher.mode == "none" else f"a {config.teacher.mode} teacher does not train"
         yield f"teacher.head_start = {config.teacher.head_start}: {cause}; set it to 0, or teacher.mode to codistill"
     for name, student in config.students.items():
-        counts = Counter((quantize.scheme, quantize.container, quantize.method) for quantize in student.quantize)
-        for (scheme, container, method), count in counts.items():
-            if count > 1:
-                yield (
-                    f"students.{name}.quantize: {scheme} is listed {count} times, and each would be the export "
-                    f"{export_name(name, scheme, container, method)}; keep one"
-                )
+        yield from _export_faults(name, student.quantize)
     yield from learning_checks.faults(config)
     yield from source_checks.faults(config)
     optim, batch = config.optim, config.batch
@@ -101,10 +97,29 @@ def use(values: list[int]) -> str:
     return f"use one of {_listed(values)}" if len(values) > 1 else f"use {values[0]}"
 
 
-def export_name(student: str, scheme: str, container: str | None = None, method: str = "rtn") -> str:
-    """What the export of a student is called, in its run's folder and in MLflow; what is unusual is named."""
-    named = [student, scheme, *([container] if container else []), *([method] if method != "rtn" else [])]
-    return "-".join(named)
+def export_name(student: str, quantize: Quantize) -> str:
+    """What the export of a student is called, in its run's folder and in MLflow."""
+    return f"{student}-{quantize.name}"
+
+
+def _export_faults(student: str, listed: Sequence[Quantize]) -> Iterator[str]:
+    for place, quantize in enumerate(listed):
+        path = f"students.{student}.quantize.{place}"
+        if (quantize.scheme is None) == (quantize.allocation is None):
+            yield f"{path}: give a scheme, or an allocation in its place"
+        elif quantize.allocation is not None:
+            fields = ((name, getattr(quantize, name)) for name in ("group_size", "container"))
+            given = (f"{name} = {value}" for name, value in fields if value != Quantize.model_fields[name].default)
+            yield from (f"{path}.{each}: an allocation says it itself; leave it out" for each in given)
+            if not re.fullmatch(NAME, quantize.allocation.stem):
+                kind = "must be letters, digits and . _ - (the first a letter or digit)"
+                yield f"{path}.allocation = {quantize.allocation}: the file names the export, and {kind}"
+    for name, count in Counter(quantize.name for quantize in listed).items():
+        if count > 1:
+            yield (
+                f"students.{student}.quantize: {name} is listed {count} times, and each would be the export "
+                f"{student}-{name}; keep one"
+            )
 
 
 def _listed(values: list[int]) -> str:

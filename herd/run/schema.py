@@ -121,8 +121,10 @@ class Transfer(Section):
     """Tokens of its whole run; by default as many as here."""
     depth_exponent: float = Field(1.0, ge=0.5, le=1.0)
     """Residual branches count depth^-this: 1 in CompleteP, 0.5 in depth-muP."""
-    horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
-    """The rate falls as tokens^-this: 0.5 in Complete(d)P, 0.3 in Marin's fit."""
+    horizon_exponent: float = Field(0.3, ge=0.0, le=1.0)
+    """The rate falls as tokens^-this: 0.3 in Marin's fit, 0.5 in Complete(d)P."""
+    averages: Literal["tokens", "steps", "run"] = "tokens"
+    """What Adam's averages reach over: as many tokens (Marin), steps, or the same share of the run (Complete(d)P)."""
 
 
 class Model(Section):
@@ -192,29 +194,40 @@ class Calibrate(Section):
 
 
 class Quantize(Section):
-    scheme: Literal[
-        "int4",
-        "int4-asym",
-        "int8",
-        "int8-weights",
-        "fp8",
-        "fp8-static",
-        "fp8-block",
-        "mxfp4",
-        "nvfp4",
-        "nf4",
-        "nf4-double",
-    ]
+    scheme: (
+        Literal[
+            "int4",
+            "int4-asym",
+            "int8",
+            "int8-weights",
+            "fp8",
+            "fp8-static",
+            "fp8-block",
+            "mxfp4",
+            "nvfp4",
+            "nf4",
+            "nf4-double",
+        ]
+        | None
+    ) = None
     """Number format (docs/quantisation.md). int4: weight-only, symmetric groups. fp8: per-channel weights, dynamic
     per-token activations."""
     group_size: Literal[32, 64, 128, "channel"] = 64
     """Weights that share a scale (int4, int4-asym, int8-weights)."""
     container: Literal["compressed-tensors", "bitsandbytes", "fine-grained-fp8", "gguf"] | None = None
     """What the tensors go into; by default the scheme's usual one."""
+    allocation: Path | None = None
+    """In place of a scheme, a JSON file with one for each group of layers; `python -m sweeps bits` writes it."""
     method: Literal["rtn", "hqq", "gptq", "awq", "signround"] = "rtn"
     """How codes are chosen: rtn rounds to nearest with searched scales; the others need a scheme of integers."""
     calibration: Calibrate = Calibrate()
     """What calibrated methods read."""
+
+    @property
+    def name(self) -> str:
+        """What exports are told apart by; what is unusual is named: `int4`, `int4-gguf-gptq`, `mixed-search`."""
+        format = self.scheme if self.allocation is None else f"mixed-{self.allocation.stem}"
+        return "-".join(filter(None, (format, self.container, self.method if self.method != "rtn" else None)))
 
 
 def _scheme_alone(value: Any) -> Any:

@@ -177,7 +177,10 @@ class Tracker:
         return self._session.worker.flush(timeout_s) if self._session else True
 
     def finish(self, status: Status = "FINISHED", *, timeout_s: float = 30.0) -> None:
-        """End the run. The main run ends its open children too, then sends what is left, for `timeout_s` at most."""
+        """End the run. The main run ends its open children too, then sends what is left.
+
+        It gives up when the store has taken nothing for `timeout_s` seconds.
+        """
         if self._session is None or self._session.unfinished.pop(self._key, None) is None:
             return
         if self._key == MAIN:

@@ -73,6 +73,11 @@ class Sender:
         self._strikes = 0
         self._refused: set[str] = set()
 
+    @property
+    def progress(self) -> tuple[bool, int]:
+        """Something that changes while a slow store is taking events."""
+        return self.client is not None, self.record.offset
+
     def drain(self) -> int:
         """Send everything pending; returns the number of events sent. Raises Unreachable; what was sent stays sent."""
         if not self._well:

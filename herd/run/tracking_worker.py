@@ -40,11 +40,14 @@ class Worker(threading.Thread):
             return self._state.wait_for(lambda: self._served >= mine, timeout_s)
 
     def stop(self, timeout_s: float) -> None:
-        """Send once more and end; returns after `timeout_s` at the latest."""
+        """Send once more and end; returns when that is done, or when nothing has moved for `timeout_s` seconds."""
         with self._state:
             self._stopping = True
             self._state.notify_all()
-        self.join(timeout_s)
+        seen = None
+        while self.is_alive() and self.sender.progress != seen:
+            seen = self.sender.progress
+            self.join(timeout_s)
 
     def run(self) -> None:
         """Until stopped: sleep, sample, send."""

@@ -28,8 +28,8 @@ METHODS: dict[str, Kind] = {
 GRID_SCHEMES = ("int4", "int4-asym", "int8-weights")
 
 
-def reads_rows(method: str, scheme: str) -> bool:
-    """Whether quantising needs calibration rows."""
+def reads_rows(method: str, scheme: str | None) -> bool:
+    """Whether quantising needs calibration rows. The schemes of an allocation (None) take none by themselves."""
     return METHODS[method].calibrated or scheme == "fp8-static"
 
 

@@ -109,7 +109,8 @@ class Bench:
         """How much more the arm's size reads than its base."""
         base, size = arm.base, arm.size
         tokens = size.rows * size.steps / (base.rows * base.steps)
-        return Horizon(batch=size.rows / base.rows, tokens=tokens, exponent=self.settings.horizon_exponent)
+        rule = {"exponent": self.settings.horizon_exponent, "averages": self.settings.averages}
+        return Horizon(batch=size.rows / base.rows, tokens=tokens, **rule)
 
     def config(self, size: Scale) -> Llama4TextConfig:
         """The model's configuration."""
@@ -151,8 +152,11 @@ class Bench:
             found["base"] = arm.base.model_dump()
             if arm.base.depth != arm.size.depth:
                 found["depth_exponent"] = self.settings.depth_exponent
-            if self.horizon(arm).tokens != 1:
-                found["horizon_exponent"] = self.settings.horizon_exponent
+            horizon = self.horizon(arm)
+            if horizon.tokens != 1:
+                found["horizon_exponent"] = horizon.exponent
+            if (horizon.tokens, horizon.batch) != (1, 1):
+                found["averages"] = horizon.averages
         return found | {"size": arm.size.model_dump(), "rung": point.rung, "seed": point.seed}
 
     def coordinate_identity(self) -> dict[str, Any]:

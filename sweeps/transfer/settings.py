@@ -91,8 +91,10 @@ class TransferCheck(Section):
     balance: float = Field(0.01, ge=0.0)
     """Coefficient of the experts' balance loss."""
     depth_exponent: float = Field(1.0, ge=0.5, le=1.0)
-    horizon_exponent: float = Field(0.5, ge=0.0, le=1.0)
+    horizon_exponent: float = Field(0.3, ge=0.0, le=1.0)
     """Under test here, not taken for granted: the grid over tokens fits it."""
+    averages: Literal["tokens", "steps", "run"] = "tokens"
+    """What Adam's averages reach over in a larger run or batch: as many tokens, steps, or the same share of the run."""
     grids: dict[Along, Grid] = {
         "width": Grid(factors=[1, 2, 4, 8]),
         "depth": Grid(base=Scale(depth=4), factors=[1, 2, 4]),

@@ -15,13 +15,17 @@ from herd.run.lineage import read_lineage
 from tests.launch.launcher import finish_ranks, launch, start_ranks
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is not a failure
+BITS = {"*": "int8", "*.experts": "int4-g32"}
+MIXED = "students.maverick.quantize=[fp8, {{allocation: {}/bits.json}}]"
+EXPORTS = {"scout-int4": "scout", "maverick-fp8": "maverick", "maverick-mixed-bits": "maverick"}
 
 
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory):
-    """configs/smoke.yaml on two ranks, tracked in a store of its own."""
+    """configs/smoke.yaml on two ranks, with one more export, tracked in a store of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    run = launch(folder, train_only=False)
+    (folder / "bits.json").write_text(json.dumps(BITS))
+    run = launch(folder, train_only=False, overrides=[MIXED.format(folder)])
     assert run.code == 0, run.log
     return run
 
@@ -38,7 +42,7 @@ def test_every_model_folder_loads_and_knows_where_it_came_from(herd):
 
 
 def test_exports_are_gated_and_smaller_than_their_students(herd):
-    for name, student in (("scout-int4", "scout"), ("maverick-fp8", "maverick")):
+    for name, student in EXPORTS.items():
         export = herd.folder / "exports" / name
         assert read_lineage(export)["student"] == student
         weights = sum(file.stat().st_size for file in export.glob("*.safetensors"))
@@ -47,7 +51,7 @@ def test_exports_are_gated_and_smaller_than_their_students(herd):
 
 def test_everything_is_evaluated_on_the_same_rows(herd):
     entries = json.loads((herd.folder / "evals.json").read_text())["entries"]
-    assert [entry["name"] for entry in entries] == ["teacher", "scout", "maverick", "scout-int4", "maverick-fp8"]
+    assert [entry["name"] for entry in entries] == ["teacher", "scout", "maverick", *EXPORTS]
     assert len({entry["tokens"] for entry in entries}) == 1
     by_name = {entry["name"]: entry for entry in entries}
     assert by_name["scout"]["reference"] == "teacher" and by_name["scout-int4"]["reference"] == "scout"
@@ -74,7 +78,10 @@ def test_mlflow_holds_the_run_tree_and_the_registered_models(herd):
     client = MlflowClient(f"sqlite:///{herd.folder.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("herd")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"run", "teacher", "scout", "maverick", "scout-int4", "maverick-fp8"}
+    assert set(runs) == {"run", "teacher", "scout", "maverick", *EXPORTS}
+    mixed = runs["maverick-mixed-bits"]
+    assert mixed.data.metrics["eval/kl_mean"] > 0
+    assert "bits.json" in {file.path for file in client.list_artifacts(mixed.info.run_id)}
     parent = runs.pop("run")
     assert parent.info.status == "FINISHED" and parent.data.params["run.steps"] == "12"
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
@@ -84,8 +91,8 @@ def test_mlflow_holds_the_run_tree_and_the_registered_models(herd):
 
 
 def test_an_identical_second_start_does_nothing_twice(herd):
-    program = ["-m", "distill"]
-    ranks = start_ranks(herd.folder.parent, program, ranks=2, overrides=[], resume="auto")
+    program, overrides = ["-m", "distill"], [MIXED.format(herd.folder.parent)]
+    ranks = start_ranks(herd.folder.parent, program, ranks=2, overrides=overrides, resume="auto")
     again = finish_ranks(ranks, herd.folder.parent)
     assert "exported and checked" not in again.log
     assert len(again.metrics()) == 16

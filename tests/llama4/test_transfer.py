@@ -52,10 +52,12 @@ def test_width_and_depth_follow_the_papers_table(spec):
 
 
 def test_batch_and_tokens_scale_rate_epsilon_decay_and_averages():
-    horizon = Horizon(batch=4.0, tokens=64.0)
+    horizon = Horizon(batch=4.0, tokens=64.0, exponent=0.5, averages="run")
     rule = scales(config(64), config(64), horizon)["lm_head.weight"]
     assert (rule.lr, rule.eps, rule.weight_decay) == pytest.approx((1 / 4, 4, 1 / 4))
     assert betas((0.9, 0.95), horizon) == pytest.approx((1 - 0.1 / 16, 1 - 0.05 / 16))
+    assert betas((0.9, 0.95), Horizon(batch=4.0, tokens=64.0)) == pytest.approx((1 - 0.1 * 4, 1 - 0.05 * 4))
+    assert betas((0.9, 0.3), Horizon(batch=100.0)) == pytest.approx((0.5, 0.3))  # two steps at least
     assert Horizon(tokens=100.0, exponent=0.3).lr == pytest.approx(100**-0.3)
 
 

@@ -214,6 +214,24 @@ def test_two_exports_of_one_name_are_refused(listed: str, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("[{method: gptq}]", "students.scout.quantize.0: give a scheme, or an allocation in its place"),
+        ("[fp8, {scheme: int4, allocation: a.json}]", "students.scout.quantize.1: give a scheme, or an allocation"),
+        ("[{allocation: a.json, group_size: 32}]", "quantize.0.group_size = 32: an allocation says it itself"),
+        ("[{allocation: a.json, container: gguf}]", "quantize.0.container = gguf: an allocation says it itself"),
+        (
+            "[{allocation: a b.json}]",
+            "quantize.0.allocation = a b.json: the file names the export, and must be",
+        ),
+        ("[{allocation: x/a.json}, {allocation: y/a.json}]", "each would be the export scout-mixed-a; keep one"),
+    ],
+)
+def test_an_export_has_a_scheme_or_an_allocation(listed: str, words: str, tmp_path: Path) -> None:
+    assert words in refusal(written(tmp_path), f"students.scout.quantize={listed}")
+
+
 def test_several_faults_are_told_at_once_one_a_line(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL + "optim: {lr: x, clip: -1}\nfoo: 1\n")
     header, *lines = refusal(path, "run.stepz=3").splitlines()

@@ -50,11 +50,11 @@ def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
     slope = {"value": 0.31, "interval": [0.25, 0.37]}
     grid = {"along": "width", "ruled": True, "slope": slope, "moved": 0.4, "excess": 0.001, "sizes": [{"factor": 8}]}
     fit = tmp_path / "transfer.json"
-    settings = {"horizon_exponent": 0.5, "depth_exponent": 0.5}
+    settings = {"horizon_exponent": 0.5, "depth_exponent": 0.5, "averages": "tokens"}
     fit.write_text(json.dumps({"grids": [grid], "exponents": {"horizon": slope}, "settings": settings}))
     scale.write(ran(tmp_path), BIG, tmp_path / "big.yaml", fit=fit)
     block = config.load(tmp_path / "big.yaml").students["maverick"].transfer
-    assert (block.horizon_exponent, block.depth_exponent) == (0.31, 0.5)
+    assert (block.horizon_exponent, block.depth_exponent, block.averages) == (0.31, 0.5, "tokens")
     lines = [line.strip() for line in (tmp_path / "big.yaml").read_text().splitlines()]
     comments = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     assert "width: seen to x8" in comments and "trial 0 of stubbed" in comments
