@@ -38,7 +38,7 @@ demo: setup ## Set up, grow the nano herd (teacher, two students, exports, evalu
 	@echo "experiments  make ui"
 
 test: setup ## Set up, run the tests (ARGS='-k name' for some, WORKERS=2 for two at a time)
-	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ui: .venv/.installed ## MLflow over mlruns/ on http://127.0.0.1:5000 (PORT=5001 for another)
 	@.venv/bin/python -m herd.run.ui --port $(PORT)

@@ -7,6 +7,7 @@ Each part is skipped when its result is there already, so a run killed here goes
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,12 +70,14 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
     """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
+    wanted = [export_name(student, one) for student, facts in config.students.items() for one in facts.quantize]
+    missing = any(not (run_folder / "exports" / name).exists() for name in wanted)
     # Both processes import what they need while the exports are made.
-    with evals.Probe() as probe, GateProcess() as gate:
+    with evals.Probe() as probe, GateProcess() if missing else nullcontext() as gate:
         exports = {
             compress(config, run_folder, student, settings, tracker, gate): run_folder / "students" / student
-            for student, wanted in config.students.items()
-            for settings in wanted.quantize
+            for student, facts in config.students.items()
+            for settings in facts.quantize
         }
         results = evaluate_all(config, run_folder, exports, probe)
     for result in results:
@@ -89,9 +92,9 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
 
 
 def compress(
-    config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess
+    config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess | None
 ) -> Path:
-    """Make one export, unless a whole one is there; returns its folder."""
+    """Make one export, which takes a gate, unless a whole one is there; returns its folder."""
     name = export_name(student, settings)
     folder = run_folder / "exports" / name
     if not folder.exists():

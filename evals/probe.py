@@ -72,8 +72,10 @@ class Probe:
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer every request line with one line of JSON, each measured in a forked child of this idle process."""
     import transformers
+    from transformers import Llama4ForCausalLM  # noqa: F401 - the children share these imports
 
-    import evals.loading  # noqa: F401 - the children share these imports
+    import evals.decoding
+    import evals.loading  # noqa: F401
 
     transformers.utils.logging.disable_progress_bar()
 

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+START = """
+from herd.run import lean_deepspeed
+lean_deepspeed.load()  # as runs start
+from tests.llama4.parallel_worker import main
+main()
+"""
 TIMEOUT_S = 420  # most of it is spent on importing, and once on compiling DeepSpeed's CPU communication
 
 
@@ -26,7 +32,7 @@ def two_ranks(tmp_path_factory):
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "parallel_worker.py"), str(folder)],
+            [sys.executable, "-c", START, str(folder)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=logs[rank],
             stderr=subprocess.STDOUT,

@@ -10,7 +10,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from herd.llama4.balance import ExpertLoad, RouterTap, balance_loss
 from herd.llama4.experts import use_sparse_experts
 from herd.llama4.model import build
-from tests.llama4.parallel_worker import make_logits
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 
@@ -79,20 +78,6 @@ def test_descent_moves_probability_away_from_a_crowded_expert():
     logits.requires_grad_()
     balance_loss([logits], 1).backward()
     assert (logits.grad[:, 1] > 0).all() and (logits.grad[:, 0] < 0).all()
-
-
-def test_two_ranks_average_to_the_loss_gradient_and_load_of_one(two_ranks):
-    alone = [logits.requires_grad_() for logits in make_logits()]
-    loss = balance_loss(alone, 2)
-    loss.backward()
-    ranks = [rank["balance"] for rank in two_ranks[1:]]
-    assert sum(rank["loss"] for rank in ranks) / 2 == pytest.approx(loss.item(), rel=1e-6)
-    for layer, logits in enumerate(alone):
-        together = torch.cat([torch.tensor(rank["grads"][layer]) for rank in ranks]) / 2
-        torch.testing.assert_close(together, logits.grad, rtol=1e-5, atol=1e-9)
-    load = ExpertLoad(2)
-    load.add(make_logits())
-    assert ranks[0]["load"] == ranks[1]["load"] == load.take().load
 
 
 def test_load_adds_up_over_micro_steps_and_starts_anew():
