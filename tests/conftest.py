@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A machine that is busy is not a failure, and examples that failed belong in tests, not in a folder.
-settings.register_profile("house", deadline=None, database=None)
+# A machine that is busy is not a failure, and examples that failed belong in tests, not in a folder. Everyone draws the
+# same examples, so that a commit passes or fails for all; `--hypothesis-profile explore` draws many new ones.
+settings.register_profile("house", deadline=None, database=None, derandomize=True)
+settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile("house")
 
 

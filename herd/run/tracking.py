@@ -245,7 +245,8 @@ def _text(value: Any) -> str:
 
 def _key(name: str) -> str:
     """`name` as MLflow takes it: word characters, dots, dashes, spaces, colons, and slashes that make a clean path."""
-    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name)).lstrip("/.")[:KEY_LENGTH]
+    key = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name)).lstrip("/.")[:KEY_LENGTH]
+    return posixpath.normpath(key).lstrip("/.") or "_"  # the cut may have ended it in a slash, or left nothing
 
 
 def flush(folder: Path) -> int:
