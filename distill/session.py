@@ -16,6 +16,7 @@ from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks
 from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
+from herd.run.folders import make_folder
 from herd.run.resume import resolve
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
@@ -122,21 +123,12 @@ def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -
         _check_same_config(folder / CONFIG, config)
     ranks.barrier()
     if ranks.is_main():
-        _make_folder(folder)
+        make_folder(folder, "run.folder")
         checkpoints.clean(folder)
         files.write_atomic(folder / CONFIG, configuration.dump(config))
         run_record.begin(folder, command)
     ranks.barrier()
     return checkpoint
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"run.folder: {error.filename} is a file, not a folder; set another run.folder") from error
-    except OSError as error:
-        raise EnvironmentFault(f"run.folder: {folder} cannot be made ({error.strerror}); set another") from error
 
 
 def _check_same_config(path: Path, config: Config) -> None:

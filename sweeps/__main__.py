@@ -7,8 +7,9 @@ The same command again goes on with it, and so does the same command on another 
 import sys
 from pathlib import Path
 
-from herd.run import cli
+from herd.run import cli, config_text
 from herd.run.errors import ConfigError
+from herd.run.store import shown
 from sweeps import scale, settings
 from sweeps.bits.command import main as allocate_bits
 from sweeps.transfer.command import main as check_transfer
@@ -64,24 +65,39 @@ def _unknown(word: str, commands: list[str]) -> None:
 
 
 def describe(study: settings.Study) -> str:
-    """The study in words, after its space has been checked against the configuration."""
-    from sweeps import spaces
+    """The study in words, after it has been checked against the configuration, this machine and what has run."""
+    from sweeps import checks, spaces, storages
+    from sweeps.ledger import Ledger
 
-    base = spaces.check(study)
+    base = checks.check(study)
+    found = storages.peek(study, base)
     first = spaces.defaults(base, study.space) if study.enqueue_defaults else None
     lines = [f"study     {study.name}, {study.base}, {len(study.set)} overrides", f"folder    {study.home}"]
-    lines += [f"storage   {study.storage_url}", "space"]
-    for path, part in study.space.items():
-        shown = part.model_dump(exclude_defaults=True)
-        lines.append(f"  {path}: {shown.get('choices', shown)}")
+    lines += [
+        f"storage   {shown(study.storage_url)}{'' if study.storage_file else ' (not asked in a dry run)'}",
+        "space",
+    ]
+    lines += [f"  {path}: {_values(part)}" for path, part in study.space.items()]
     lines += [f"objective {part.direction} {part.metric}" for part in study.objectives]
-    lines.append(f"trial 0   {'the base as it is' if first else 'sampled: a value of the base lies outside the space'}")
+    if found is not None:
+        ended = len(Ledger(found, study.budget.trials).ended())
+        lines.append(f"goes on   {ended} of {study.budget.trials} trials have ended")
+    else:
+        why = "a value of the base lies outside the space" if study.enqueue_defaults else "enqueue_defaults is off"
+        lines.append(f"trial 0   {'the base as it is' if first else f'sampled: {why}'}")
     runs = study.budget.trials * study.seeds + 2 * study.repeats.seeds
     lines.append(
         f"runs      {runs} at most, {study.launch.workers} at a time, {study.launch.ranks} ranks each; "
         f"sampler {study.sampler.kind}, pruner {study.pruner.kind}"
     )
     return "\n".join(lines)
+
+
+def _values(part: settings.Range | settings.Choices) -> str:
+    if isinstance(part, settings.Choices):
+        return " | ".join(config_text.write_inline(choice) for choice in part.choices)
+    step = f" by {part.step}" if part.step else ", logarithmic" if part.log else ""
+    return f"{part.low} to {part.last}{step}"
 
 
 if __name__ == "__main__":

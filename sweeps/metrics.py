@@ -36,9 +36,9 @@ class MetricsStream:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                record = json.loads(line)
+                record = _record(self._path, line)
                 step = int(record["step"]) - self._head_start
-                if metric in record and step > 0:
+                if _is_number(record.get(metric)) and step > 0:
                     yield step, float(record[metric])
 
 
@@ -47,15 +47,35 @@ def final(folder: Path, metric: str) -> float:
     if metric.startswith("evals/"):
         known = _evaluated(folder)
     else:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        known = {key: value for line in lines for key, value in json.loads(line).items()}
+        path = folder / "metrics.jsonl"
+        if not path.exists():
+            raise ConfigError(f"objectives: a run ended without {path}; its program must write {metric} there")
+        known = {key: value for line in path.read_bytes().splitlines() for key, value in _record(path, line).items()}
     value = known.get(metric)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return float(value)
-    numbers = [key for key, value in known.items() if isinstance(value, int | float) and key != "step"]
+    numbers = [key for key, value in known.items() if _is_number(value) and key != "step"]
     near = difflib.get_close_matches(metric, numbers, n=3, cutoff=0.3) or numbers[:3]
     mend = f"it has {', '.join(near)}" if near else "it reported none; set run.evaluate_every"
     raise ConfigError(f"objectives: {folder} never reported {metric}; {mend}")
+
+
+def _record(path: Path, line: bytes) -> dict[str, Any]:
+    """A line of the stream. ConfigError when a program of the user's own wrote something else."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        text = line.decode(errors="replace").strip()[:80]
+        raise ConfigError(
+            f'{path}: a line is no JSON object with a whole "step": {text}; write {{"step": 1, "NAME": 0.5}}'
+        )
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _evaluated(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 
 from herd.run.errors import EnvironmentFault, Interrupted
 from herd.run.schema import Config
-from sweeps import repeats, report, results, spaces, storages, tracking, worker
+from sweeps import checks, repeats, report, results, storages, tracking, worker
 from sweeps.ledger import Ledger
 from sweeps.results import Result
 from sweeps.settings import Study
@@ -29,7 +29,7 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
     """
     if workers is not None:
         study = study.model_copy(update={"launch": study.launch.model_copy(update={"workers": workers})})
-    base = spaces.check(study)
+    base = checks.check(study)
     optuna_study = storages.open_study(study, base)
     optuna_study.set_user_attr(worker.STOPPED, None)
     with tracking.of_study(study, base, optuna_study) as tracker, stop_signals() as stop:

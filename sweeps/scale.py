@@ -10,7 +10,9 @@ from herd.llama4.specs import find_spec
 from herd.run import cli, config, config_text
 from herd.run.errors import ConfigError
 from herd.run.files import write_atomic
+from herd.run.folders import check_folder, make_folder
 from herd.run.schema import Config
+from herd.run.store import shown
 from sweeps import annotated, settings
 from sweeps.settings import Study
 
@@ -30,7 +32,12 @@ def main(argv: list[str]) -> int:
     add("--from", dest="study", required=True, type=Path, metavar="STUDY", help="YAML of a study that has run")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the study; repeatable")
     add("--to", required=True, type=Path, metavar="FILE", help="YAML of the large run")
-    add("--out", type=Path, metavar="FILE", help="what to write (by default TO's name, in the study's folder)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="what to write, in a folder that is made if need be (by default TO's name, in the study's folder)",
+    )
     add("--fit", type=Path, metavar="FILE", help="transfer.json of a transfer check: its exponents, its findings")
     add("--world-size", type=int, metavar="N", help="ranks to plan for (by default as many as spread the experts)")
     parser.set_defaults(dry_run=True)  # --world-size plans, and a plan is all that is made here
@@ -38,11 +45,13 @@ def main(argv: list[str]) -> int:
 
     def body() -> None:
         study = settings.load(arguments.study, arguments.set, flag="--from")
-        large = config.load(arguments.to)
+        large = config.load(arguments.to, flag="--to")
         world_size = large.parallel.expert_parallel if arguments.world_size is None else arguments.world_size
         if world_size < 1:
             raise ConfigError(f"--world-size {world_size}: must be 1 or more")
-        scaled = write(study, arguments.to, arguments.out or study.home / arguments.to.name, fit=arguments.fit)
+        again = f"run it first: python -m sweeps --study {arguments.study}"
+        out = arguments.out or study.home / arguments.to.name
+        scaled = write(study, arguments.to, out, fit=arguments.fit, again=again)
         from distill import plan
 
         plan.show_plans(scaled, plan.plan_run(scaled, world_size=world_size), world_size=world_size, mfu=MFU)
@@ -50,12 +59,18 @@ def main(argv: list[str]) -> int:
     return cli.main_guard(body)
 
 
-def write(study: Study, to: Path, out: Path, *, fit: Path | None = None) -> Config:
-    """Write `out`, after it has been checked as the trainer would; returns it. Raises ConfigError or DataError."""
+def write(study: Study, to: Path, out: Path, *, fit: Path | None = None, again: str = "run it first") -> Config:
+    """Write `out`, after it has been checked as the trainer would; returns it. Raises ConfigError or DataError.
+
+    again: how to run the study, for the message that it has not.
+    """
     from sweeps import scaling
 
-    number, overrides = best_of(study)
-    small, large = config.load(study.base, [*study.set, *overrides]), config.load(to)
+    number, overrides = best_of(study, again)
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: a folder; name the file to write")
+    check_folder(out.parent, "--out")
+    small, large = config.load(study.base, [*study.set, *overrides]), config.load(to, flag="--to")
     found = {path: config_text.parse(value) for path, _, value in (text.partition("=") for text in overrides)}
     tree = config_text.parse(to.read_text(encoding="utf-8"))
     who = f"trial {number} of {study.name}"
@@ -64,30 +79,31 @@ def write(study: Study, to: Path, out: Path, *, fit: Path | None = None) -> Conf
     text = annotated.write(scaled.tree, scaled.notes, header=header)
     made = _validated(text, to)
     check_rules(made)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "--out")
     write_atomic(out, text)
     print(f"{out}: {who}")
     return made
 
 
-def best_of(study: Study) -> tuple[int, list[str]]:
-    """Number and overrides of the study's best trial. ConfigError when it has not run, or no trial is complete."""
+def best_of(study: Study, again: str) -> tuple[int, list[str]]:
+    """Number and overrides of the study's best trial. ConfigError when it has not run, or no trial is complete.
+
+    again: the mend, a command that runs it.
+    """
     import optuna
 
     from sweeps import results, storages
 
     storages.quiet()
-    kind, _, rest = study.storage_url.partition(":")
-    file = Path(rest.removeprefix("///")) if kind in ("sqlite", "journal") else None
-    again = "run it first, with python -m sweeps --study"
+    url, file = study.storage_url, study.storage_file
+    missing = f"--from {study.name}: no such study in {shown(url)}; {again}"
     if file is not None and not file.exists():
-        raise ConfigError(f"--from {study.name}: no such study in {study.storage_url}; {again}")
-    url = study.storage_url
+        raise ConfigError(missing)
     storage = storages.patiently(lambda: storages.open_storage(url), url)
     try:
         found = storages.patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), url)
     except KeyError:
-        raise ConfigError(f"--from {study.name}: no such study in {url}; {again}") from None
+        raise ConfigError(missing) from None
     best = results.read(study, found).best
     if best is None:
         raise ConfigError(f"--from {study.name}: no trial is complete yet; {again}")

@@ -5,19 +5,24 @@ study = Study(name="rates", base="configs/nano.yaml", space={"optim.lr": Range(l
 """
 
 import json
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from herd.run import config_faults, config_text
 from herd.run.errors import ConfigError
 from herd.run.section import Name, Section
+from herd.run.store import shown
 
 Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
+STORAGE = re.compile(r"(sqlite|postgresql|mysql)(\+\w+)?://.+|journal:.+|grpc://.+:\d+")
+OF_A_STUDY = "a study has base, space, objectives, ..."
 
 
 class Range(Section):
@@ -33,6 +38,15 @@ class Range(Section):
         """Whole numbers only: both ends are written without a point."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    @property
+    def last(self) -> float | int:
+        """The highest value there is: `high`, or the last step below it."""
+        if self.step is None:
+            return self.high
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))  # 0.1 is a tenth
+        last = low + (high - low) // step * step
+        return int(last) if self.whole else float(last)
+
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
         if self.low >= self.high:
@@ -41,6 +55,14 @@ class Range(Section):
             raise ValueError(f"low = {self.low} has no logarithm; use a low above 0, or log: false")
         if self.log and self.step is not None:
             raise ValueError("log and step exclude one another; drop one")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(
+                f"step = {self.step} leads beyond high = {self.high} at once; use {self.high - self.low:g} or less"
+            )
+        if self.step is not None and self.whole and self.step != int(self.step):
+            raise ValueError(
+                f"step = {self.step} between whole numbers; write low and high with a point, or a whole step"
+            )
         return self
 
 
@@ -122,6 +144,14 @@ class Study(Section):
     enqueue_defaults: bool = True
     """Trial 0 is the base as it is, where its values lie in the space."""
 
+    @field_validator("storage")
+    @classmethod
+    def _known(cls, url: str | None) -> str | None:
+        if url is not None and not STORAGE.fullmatch(url):
+            known = "sqlite:///FILE, journal:FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
+            raise ValueError(f"{shown(url)} is no storage; use {known}")
+        return url
+
     @model_validator(mode="after")
     def _fits(self) -> "Study":
         kind, several = self.pruner.kind, len(self.objectives) > 1
@@ -151,11 +181,24 @@ class Study(Section):
         """Where Optuna keeps it."""
         return self.storage or f"sqlite:///{self.home / 'study.db'}"
 
+    @property
+    def storage_file(self) -> Path | None:
+        """The file of a storage that is one."""
+        kind, _, rest = self.storage_url.partition(":")
+        return Path(rest.removeprefix("///")) if kind in ("sqlite", "journal") else None
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:
     """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
     path = Path(path)
-    tree = {"name": path.stem} | read_tree(path, wanted="a study has name, base, space, objectives, ...", flag=flag)
+    tree = {"name": path.stem} | read_tree(path, wanted=OF_A_STUDY, flag=flag)
+    if not tree.keys() & {"base", "space", "objectives"}:
+        if tree.keys() & {"grids", "coordinates", "depth_exponent", "horizon_exponent"}:
+            raise ConfigError(f"{path}: a transfer check, no study; use python -m sweeps transfer --config {path}")
+        if tree.keys() & {"run", "students"}:
+            raise ConfigError(
+                f"{path}: the configuration of a run, no study; {OF_A_STUDY}, and base is this file's place"
+            )
     return fill(Study, tree, overrides, where=str(path))
 
 

@@ -1,6 +1,5 @@
-"""A search space over configuration paths: checked against the configuration, sampled by Optuna, put on as overrides.
+"""A search space over configuration paths in Optuna's form: sampled, and put on as overrides.
 
-check(study)                                   # every end and choice must make a valid configuration
 overrides = suggest(trial, study.space)        # ["optim.lr=0.003", "loss.weighting={kind: lead}"]
 """
 
@@ -9,25 +8,11 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from herd.run import config, config_text
-from herd.run.errors import ConfigError
+from herd.run import config_text
 from herd.run.schema import Config
-from sweeps.settings import Choices, Range, Study
+from sweeps.settings import Choices, Range
 
 Space = dict[str, Range | Choices]
-
-
-def check(study: Study) -> Config:
-    """The base configuration; ConfigError when it, or an end or choice of the space, cannot be run."""
-    base = config.load(study.base, study.set)
-    for path, part in study.space.items():
-        for value in part.choices if isinstance(part, Choices) else (part.low, part.high):
-            override = f"{path}={config_text.write_inline(value)}"
-            try:
-                config.load(study.base, [*study.set, override])
-            except ConfigError as error:
-                raise ConfigError(f"space.{path}: {_reason(error)}") from None
-    return base
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
@@ -71,7 +56,7 @@ def grid(space: Space) -> dict[str, list[Any]]:
         if isinstance(found, CategoricalDistribution):
             points[path] = list(found.choices)
         else:
-            steps = int((found.high - found.low) / found.step + 1e-9) + 1
+            steps = round((found.high - found.low) / found.step) + 1
             points[path] = [type(found.low)(found.low + i * found.step) for i in range(steps)]
     return points
 
@@ -80,8 +65,8 @@ def _distribution(part: Range | Choices) -> BaseDistribution:
     if isinstance(part, Choices):
         return CategoricalDistribution([config_text.write_inline(choice) for choice in part.choices])
     if part.whole:
-        return IntDistribution(part.low, part.high, log=part.log, step=int(part.step or 1))
-    return FloatDistribution(float(part.low), float(part.high), log=part.log, step=part.step)
+        return IntDistribution(part.low, part.last, log=part.log, step=int(part.step or 1))
+    return FloatDistribution(float(part.low), float(part.last), log=part.log, step=part.step)
 
 
 def _text(value: Any, part: Range | Choices) -> str:
@@ -98,9 +83,3 @@ def _agrees(value: Any, choice: Any) -> bool:
     if isinstance(choice, dict) and isinstance(value, dict):
         return all(key in value and _agrees(value[key], part) for key, part in choice.items())
     return value == choice
-
-
-def _reason(error: ConfigError) -> str:
-    """The fault without the name of the file, which is the base and not what is wrong."""
-    text = str(error)
-    return text.partition(": ")[2] or text

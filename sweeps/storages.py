@@ -20,16 +20,17 @@ from optuna.storages.journal import JournalFileBackend
 
 from herd.run import config
 from herd.run.errors import ConfigError, EnvironmentFault, first_line
+from herd.run.folders import make_folder
 from herd.run.schema import Config
+from herd.run.store import shown
 from sweeps import spaces
+from sweeps.drivers import check_driver
 from sweeps.settings import Sampler, Study
 
 PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
 BUSY_S = 60  # SQLite waits so long for another worker's write
 SETTINGS = "settings"
 DATABASES = ("sqlite", "postgresql", "mysql")
-DRIVERS = {"postgresql": "'psycopg[binary]'", "mysql": "mysqlclient", "grpc": "grpcio protobuf"}
-"""What SQLAlchemy and Optuna import for a URL that names no driver."""
 Answer = TypeVar("Answer")
 
 
@@ -57,31 +58,43 @@ def open_study(study: Study, base: Config) -> optuna.Study:
     if known is None:
         found.set_user_attr(SETTINGS, wanted)
         _enqueue_first(found, study, base)
-    elif known != wanted:
-        lines = "\n".join(f"  {line}" for line in _differences(known, wanted))
-        raise ConfigError(f"name = {study.name}: the study in {study.storage_url} is another one:\n{lines}\n"
-                          "  undo the change, or give this study another name")  # fmt: skip
+    else:
+        _check_same(study, known, wanted)
+    return found
+
+
+def peek(study: Study, base: Config) -> optuna.Study | None:
+    """The study as a file holds it, untouched; None where there is none yet, or it is on a server.
+
+    Raises ConfigError when one of that name has other settings.
+    """
+    if study.storage_file is None or not study.storage_file.exists():
+        return None
+    quiet()
+    storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
+    try:
+        found = patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), study.storage_url)
+    except KeyError:
+        return None
+    _check_same(study, found.user_attrs.get(SETTINGS), identity(study, base))
     return found
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Optuna's storage of a URL; ConfigError for one that names no storage."""
+    """Optuna's storage of a URL that a study may have; EnvironmentFault when its driver is missing."""
+    check_driver(url)
     kind, _, rest = url.partition(":")
     if kind.partition("+")[0] in DATABASES:
         options: dict[str, Any] = {"pool_pre_ping": True}
         if kind == "sqlite":
-            _make_parent(rest.removeprefix("///"))
+            make_folder(Path(rest.removeprefix("///")).absolute().parent, "storage")
             options = {"connect_args": {"timeout": BUSY_S}}
         return RDBStorage(url, engine_kwargs=options)
-    if kind == "journal" and rest:
-        _make_parent(rest)
+    if kind == "journal":
+        make_folder(Path(rest).absolute().parent, "storage")
         return JournalStorage(JournalFileBackend(rest))
     host, _, port = rest.removeprefix("//").rpartition(":")
-    if kind == "grpc" and host and port.isdecimal():
-        return GrpcStorageProxy(host=host, port=int(port))
-    raise ConfigError(
-        f"storage = {url}: no storage; use sqlite:///FILE, journal:FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
-    )
+    return GrpcStorageProxy(host=host, port=int(port))
 
 
 def patiently(call: Callable[[], Answer], url: str) -> Answer:
@@ -89,16 +102,12 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
     for wait in (*PATIENCE_S, None):
         try:
             return call()
-        except ImportError as error:
-            kind, _, named = url.partition("://")[0].partition("+")
-            driver = named or DRIVERS[kind]
-            raise EnvironmentFault(f"storage = {_shown(url)}: its driver is missing; pip install {driver}") from error
         except Exception as error:
             if not _outage(error):
                 raise
             if wait is None:
                 raise EnvironmentFault(
-                    f"storage = {_shown(url)} does not answer ({_reason(error)}); start it and try again"
+                    f"storage = {shown(url)} does not answer ({_reason(error)}); start it and try again"
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -127,7 +136,7 @@ def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:
 
 def make_pruner(study: Study, base: Config) -> optuna.pruners.BasePruner:
     """The pruner of a study; its unit is the students' step, or the seed."""
-    first, last = max(1, base.run.evaluate_every), base.run.steps
+    first, last = max(1, base.run.evaluate_every), base.run.steps  # 0: a metric of the training itself, every step
     startup, factor = study.pruner.startup, study.pruner.factor
     pruners = {
         "none": lambda: optuna.pruners.NopPruner(),
@@ -150,6 +159,13 @@ def quiet() -> None:
     """Optuna speaks through us."""
     optuna.logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def _check_same(study: Study, known: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    if known is not None and known != wanted:
+        lines = "\n".join(f"  {line}" for line in _differences(known, wanted))
+        raise ConfigError(f"name = {study.name}: the study in {shown(study.storage_url)} is another one:\n{lines}\n"
+                          "  undo the change, or give this study another name")  # fmt: skip
 
 
 def _enqueue_first(found: optuna.Study, study: Study, base: Config) -> None:
@@ -185,10 +201,6 @@ def _pretty(value: Any) -> list[str]:
     return value.splitlines() if isinstance(value, str) else json.dumps(value, indent=1, sort_keys=True).splitlines()
 
 
-def _make_parent(file: str) -> None:
-    Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
-
-
 def _outage(error: Exception) -> bool:
     """Whether the storage, and not what was asked of it, is the trouble. Drivers are optional, so known by name."""
     package = type(error).__module__.partition(".")[0]
@@ -198,9 +210,3 @@ def _outage(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """One line; gRPC's own first line says nothing."""
     return error.details() if hasattr(error, "details") else first_line(error)
-
-
-def _shown(url: str) -> str:
-    """Without the password."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}://...@{rest.rpartition('@')[2]}" if separator and "@" in rest else url

@@ -12,6 +12,7 @@ import optuna
 
 from herd.run.errors import Interrupted
 from herd.run.schema import Config
+from herd.run.store import shown
 from herd.run.tracking import Tracker, open_tracker
 from sweeps.results import Result
 from sweeps.settings import Study
@@ -28,7 +29,7 @@ def of_study(study: Study, base: Config, optuna_study: optuna.Study) -> Iterator
         run_name=study.name,
         uri=base.tracking.uri,
         config=study.model_dump(mode="json"),
-        tags={"herd.role": "study", "sweep.study": study.name, "sweep.storage": _place(study)},
+        tags={"herd.role": "study", "sweep.study": study.name, "sweep.storage": shown(study.storage_url)},
         enabled=base.tracking.enabled,
     )
     tracker.flush(REACH_S)
@@ -61,9 +62,3 @@ def finish_study(tracker: Tracker, study: Study, result: Result, page: Path) -> 
         tracker.model(
             f"{study.name}-{student.name}", student, role="student", alias=f"{study.name}-best", metrics=metrics
         )
-
-
-def _place(study: Study) -> str:
-    """The storage without a password."""
-    scheme, separator, rest = study.storage_url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from herd.run.folders import make_folder
 from herd.run.ranks import free_port
 from sweeps import guard
 from sweeps.settings import Study
@@ -61,7 +62,7 @@ class TrialRun:
         cls, study: Study, *, name: str, overrides: list[str], seed: int, slot: Slot, tags: list[str]
     ) -> "TrialRun":
         """Start or go on with the run of that name in the study's folder."""
-        study.home.mkdir(parents=True, exist_ok=True)
+        make_folder(study.home, "folder")
         settings = [
             *study.set,
             *overrides,

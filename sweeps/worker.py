@@ -100,6 +100,8 @@ class Worker:
         name = f"trial-{trial.user_attrs.get('run', trial.number):04d}"
         facts = {"folder": str(self.study.home / name), "overrides": overrides}
         self.on_storage(lambda: [trial.set_user_attr(key, value) for key, value in facts.items()])
+        logs = f"{facts['folder']}{'.log' if self.study.seeds == 1 else '-seed-*.log'}"
+        print(f"trial {trial.number} starts  {'  '.join(overrides)}  log: {logs}", flush=True)
         try:
             values = self.values(trial, name, overrides, started)
         except Cut:

@@ -31,12 +31,12 @@ FREE_TO_CHANGE = (
 )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and validate a configuration.
+def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--config") -> Config:
+    """Read, override and validate a configuration; `flag` is what the user gave the path with.
 
     Raises ConfigError: one fault on one line, several one a line under a header that names the file.
     """
-    tree = _read(Path(path))
+    tree = _read(Path(path), flag)
     for override in overrides:
         config_overrides.apply(tree, override)
     lines = dict(config_faults.plain_faults(tree))
@@ -51,14 +51,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, flag: str) -> dict[str, Any]:
     try:
         tree = config_text.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --config takes the path of a YAML file") from None
+        raise ConfigError(f"{path}: no such file; {flag} takes the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ConfigError(f"{path}: cannot be read ({reason}); --config takes the path of a YAML file") from None
+        raise ConfigError(f"{path}: cannot be read ({reason}); {flag} takes the path of a YAML file") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None

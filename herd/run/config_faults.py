@@ -35,7 +35,7 @@ ALLOWED = {  # pydantic's error type -> what the field takes; {x} comes from the
     "less_than": "less than {lt:g}",
     "less_than_equal": "{le:g} or less",
     "literal_error": "{expected}",
-    "too_short": "at least {min_length} entry",
+    "too_short": "of length {min_length} or more",
     "string_pattern_mismatch": "letters, digits and . _ - (the first a letter or digit)",
 }
 SIBLING_BONUS, NEAR_ENOUGH = 0.1, 0.65  # in units of difflib's ratio

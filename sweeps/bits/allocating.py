@@ -14,6 +14,7 @@ from evals.intervals import group_rows
 from evals.rows import Rows
 from herd.run.errors import ConfigError, Interrupted
 from herd.run.files import size
+from herd.run.folders import make_folder
 from quant.allocations import BF16
 from quant.exports import family
 from sweeps.bits import results, solutions
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> str:
     problem, budgets = _problem(options)
     rows = rows_from(options.data, options.model, rows=options.rows, part="calibration")
     held_out = rows_from(options.data, options.model, rows=options.check_rows)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out, "--out")
     table = Sensitivities.open(options.out, problem, identity(problem, rows), around=options.around)
     search = Search.open(
         f"sqlite:///{options.out / 'study.db'}", problem, Sampler(kind=options.sampler, seed=options.seed)

@@ -128,6 +128,8 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> TransferCheck:
     """The check a YAML describes (the default one without a file), with `KEY=VALUE` overrides; ConfigError."""
     if path:
         tree = read_tree(path, wanted="a check has grids, seeds, optim, ...", flag="--config")
+        if tree.keys() & {"space", "objectives"}:
+            raise ConfigError(f"{path}: a study, no transfer check; use python -m sweeps --study {path}")
     else:  # whole, so that an override of one field leaves those beside it
         tree = TransferCheck().model_dump(mode="json")
     return fill(TransferCheck, tree, overrides, where=str(path or "transfer"))

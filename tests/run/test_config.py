@@ -170,7 +170,7 @@ def test_an_unknown_key_names_the_nearest_one_of_the_whole_tree(key: str, hint: 
         ("tracking.enabled=no", "tracking.enabled = 'no': must be true or false"),
         ("parallel.zero=4", "parallel.zero = 4: must be 1, 2 or 3"),
         ("batch=8", "batch = 8: must be a mapping of fields; leave the key out for the defaults"),
-        ("students={}", "students = {}: must be at least 1 entry"),
+        ("students={}", "students = {}: must be of length 1 or more"),
         ("students.tiny.lr=1", "students.tiny.source: missing; give a value (A spec (`scout-nano`)"),
         ("students.scout.quantize=[int5]", "students.scout.quantize.0.scheme = int5: must be 'int4', 'int4-asym'"),
         ("students.teacher.source=x", "students.teacher: this name is the teacher's; choose another"),

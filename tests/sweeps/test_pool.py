@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 import sweeps
 from herd.run.errors import ConfigError
 from sweeps import Range, storages
+from sweeps.__main__ import describe
 from sweeps.ledger import Ledger
 from sweeps.worker import TrialsFail
 from tests.sweeps import studies
@@ -101,6 +102,26 @@ def test_a_base_that_fails_stops_the_study_after_its_first_trial(tmp_path, monke
 def test_trials_without_a_finite_loss_are_pruned_and_the_study_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_FAIL", "5")
     assert {trial.state for trial in sweeps.run(studies.make(tmp_path)).trials} == {"pruned"}
+
+
+def test_a_program_that_writes_no_metrics_stops_the_study_with_the_file_it_was_to_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FAIL", "0")
+    study = studies.make(tmp_path, budget={"trials": 50})
+    with pytest.raises(
+        TrialsFail, match=r"trial-0000/metrics.jsonl; its program must write heldout/scout there"
+    ) as caught:
+        sweeps.run(study)
+    assert caught.value.exit_code == 2
+    assert (study.home / "starts").read_text().split() == ["trial-0000"]
+
+
+def test_a_dry_run_says_how_far_a_study_is_and_refuses_another_one_of_its_name(tmp_path):
+    study = studies.make(tmp_path, budget={"trials": 2})
+    assert "trial 0   the base as it is" in describe(study) and not list(tmp_path.iterdir())
+    sweeps.run(study)
+    assert "goes on   2 of 2 trials have ended" in describe(study)
+    with pytest.raises(ConfigError, match="another one"):
+        describe(studies.make(tmp_path, seed=1))
 
 
 def test_an_objective_no_run_reports_is_named_with_what_there_is(tmp_path):

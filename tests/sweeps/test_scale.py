@@ -87,6 +87,10 @@ def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
         capsys, ["--from", yaml_of(ran(tmp_path / "ran"), tmp_path), "--to", str(BIG), "--fit", "absent.json"]
     )
     assert "--fit absent.json: no such file" in line
+    to = ["--from", yaml_of(ran(tmp_path / "again"), tmp_path), "--to", str(BIG)]
+    assert f"--out: {BIG} is a file, not a folder" in failing(capsys, [*to, "--out", str(BIG / "big.yaml")])
+    assert "a folder; name the file to write" in failing(capsys, [*to, "--out", str(tmp_path)])
+    assert "absent.yaml: no such file; --to takes" in failing(capsys, [*to[:3], "absent.yaml"])
 
 
 def test_a_commented_file_reads_back_equal_with_each_note_above_its_key():

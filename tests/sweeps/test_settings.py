@@ -1,12 +1,14 @@
 """What a study's YAML may say, and what is refused before anything runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from herd.run.errors import ConfigError
-from sweeps import settings, spaces
+from herd.run.errors import ConfigError, EnvironmentFault
+from sweeps import checks, settings, spaces
+from sweeps.transfer import settings as transfer
 from tests.sweeps import studies
 
 SHIPPED = sorted((studies.ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -15,7 +17,7 @@ SHIPPED = sorted((studies.ROOT / "configs" / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_study_fits_its_configuration(path, monkeypatch):
     monkeypatch.chdir(studies.ROOT)
-    assert spaces.check(settings.load(path)).students
+    assert checks.check(settings.load(path)).students
 
 
 def write(folder: Path, text: str) -> Path:
@@ -31,8 +33,12 @@ def write(folder: Path, text: str) -> Path:
         ("space: {optim.lr: {low: 0.0, high: 1e-3, log: true}}", "low = 0.0 has no logarithm"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3, logg: true}}", "lr.logg: unknown; did you mean"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nbugdet: {trials: 3}", "bugdet: unknown; did you mean budget?"),
-        ("space: {optim.lr: {choices: [1e-3]}}", "at least 2"),
-        ("space: {}", "at least 1"),
+        ("space: {optim.lr: {choices: [1e-3]}}", "of length 2 or more"),
+        ("space: {}", "of length 1 or more"),
+        ("space: {batch.rows: {low: 2, high: 8, step: 7}}", "step = 7 leads beyond high = 8 at once; use 6 or less"),
+        ("space: {batch.rows: {low: 2, high: 8, step: 0.5}}", "write low and high with a point, or a whole step"),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nstorage: foo://x", "foo://x is no storage; use sqlite:///FILE"),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nstorage: 'grpc://u:secret@host'", "storage: grpc://host is no"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\npruner: {kind: wilcoxon}", "seeds = 1; use 3 or more"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\npruner: {kind: median}\nseeds: 2", "looks at one run"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nsampler: {kind: grid}", "grid needs choices, or a step"),
@@ -55,7 +61,64 @@ def test_a_study_that_makes_no_sense_is_refused_with_the_reason(tmp_path, text, 
 def test_a_space_beyond_the_configuration_names_the_path_and_the_nearest(tmp_path, path, part, fault):
     study = settings.load(write(tmp_path, f"space: {{{path}: {part}}}"))
     with pytest.raises(ConfigError, match=re.escape(fault)):
-        spaces.check(study)
+        checks.check(study)
+
+
+def test_a_range_ends_on_its_last_step(tmp_path):
+    ranges = "{batch.rows: {low: 64, high: 500, step: 128}, optim.clip: {low: 0.1, high: 1.05, step: 0.1}}"
+    study = settings.load(write(tmp_path, f"space: {ranges}"))
+    assert [part.last for part in study.space.values()] == [448, 1.0]
+    assert [found.high for found in spaces.distributions(study.space).values()] == [448, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "fault"),
+    [
+        (["objectives=[{metric: helout/scout}]"], ConfigError, "metric = helout/scout: no run of .* use heldout/scout"),
+        (["objectives=[{metric: heldout/tiny}]"], ConfigError, "reports it; use heldout/scout, heldout/maverick"),
+        (["objectives=[{metric: evals/scout-int5/kl_mean}]"], ConfigError, "use evals/scout-int4/kl_mean"),
+        (["objectives=[{metric: evals/scout/path}]"], ConfigError, "no run of .* reports it"),
+        (["set=[run.evaluate_every=0]"], ConfigError, "never measured: run.evaluate_every = 0"),
+        (["pruner.kind=median", "set=[run.evaluate_every=500]"], ConfigError, "run.evaluate_every = 500 leaves none"),
+        (["launch.program=[no-such-program]"], ConfigError, "launch.program.0 = no-such-program: no such program"),
+        (["storage=mysql+foo://user:secret@host/x"], ConfigError, "storage = mysql.foo://host/x: .* no driver foo"),
+        (["base=nowhere.yaml"], ConfigError, "nowhere.yaml: no such file; base takes"),
+        (["folder=FILE"], ConfigError, "folder: .*study.yaml is a file, not a folder"),
+        (["storage=journal:FILE/x"], ConfigError, "storage: .*study.yaml is a file, not a folder"),
+    ],
+)
+def test_what_no_run_can_give_is_refused_before_one_starts(tmp_path, changes, error, fault):
+    path = write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}")
+    study = settings.load(path, [change.replace("FILE", str(path)) for change in changes])
+    with pytest.raises(error, match=fault) as raised:
+        checks.check(study)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_storage_whose_driver_is_not_installed_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    study = settings.load(write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}\nstorage: postgresql://h/x"))
+    with pytest.raises(EnvironmentFault, match=r"pip install 'psycopg\[binary\]'"):
+        checks.check(study)
+
+
+def test_a_program_of_its_own_reports_what_it_likes(tmp_path):
+    changes = ["objectives=[{metric: heldout/mine}]", f"launch.program=[{sys.executable}]"]
+    assert checks.check(settings.load(write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}"), changes)).students
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "mend"),
+    [
+        (settings.load, "configs/sweeps/transfer/smoke.yaml", "use python -m sweeps transfer --config"),
+        (settings.load, "configs/smoke.yaml", "the configuration of a run, no study"),
+        (transfer.load, "configs/sweeps/rates.yaml", "use python -m sweeps --study"),
+    ],
+)
+def test_another_kind_of_file_is_named_with_its_command(load, file, mend):
+    with pytest.raises(ConfigError, match=mend) as raised:
+        load(studies.ROOT / file)
+    assert "\n" not in str(raised.value)
 
 
 def test_flags_override_the_file(tmp_path):
@@ -75,12 +138,12 @@ def test_the_defaults_are_found_in_the_space_by_what_a_choice_says(tmp_path):
     weights = "{choices: [{kind: constant, alpha: 0.5}, {kind: maturity}]}"
     text = f"space: {{loss.weighting: {weights}, batch.rows: {{low: 2, high: 8}}}}"
     study = settings.load(write(tmp_path, text))
-    assert spaces.defaults(spaces.check(study), study.space) == {"loss.weighting": "{kind: maturity}", "batch.rows": 4}
+    assert spaces.defaults(checks.check(study), study.space) == {"loss.weighting": "{kind: maturity}", "batch.rows": 4}
 
 
 def test_defaults_outside_the_space_are_no_trial(tmp_path):
     study = settings.load(write(tmp_path, "space: {optim.lr: {low: 1e-2, high: 2e-2}}"))
-    assert spaces.defaults(spaces.check(study), study.space) is None
+    assert spaces.defaults(checks.check(study), study.space) is None
 
 
 def test_a_grid_has_every_point_once(tmp_path):
