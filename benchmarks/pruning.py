@@ -24,7 +24,7 @@ from sweeps.settings import Pruner, Study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
-STUDY = ROOT / "configs" / "sweeps" / "proxy.yaml"
+STUDY = ROOT / "benchmarks" / "pruning.yaml"
 PRUNERS = (
     Pruner(kind="halving", factor=2),
     Pruner(kind="halving", factor=3),

@@ -32,11 +32,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--fit", type=Path, help="transfer.json of a transfer check, for its exponents")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of both arms; repeatable")
+    parser.add_argument("--study-set", action="append", default=[], metavar="KEY=VALUE", help="of the study; repeatable")
     options = parser.parse_args()
     os.chdir(ROOT)
     quality.RUNS.mkdir(parents=True, exist_ok=True)
     carried = quality.RUNS / "recipe.yaml"
-    scale.write(settings.load(STUDY), Path(NANO), carried, fit=options.fit)
+    study = settings.load(STUDY, options.study_set)
+    scale.write(study, Path(NANO), carried, fit=options.fit, again=f"run it first: python -m sweeps --study {STUDY}")
     what = hashlib.sha256(repr((carried.read_text(), options.set)).encode()).hexdigest()[:8]
     jobs = [(arm, FIRST_SEED + seed) for seed in range(options.seeds) for arm in ("by-hand", "carried")]
 
@@ -48,7 +50,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.workers) as pool:
         losses = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    found = {"settings": options.set, "carried": carried.read_text(), "models": {}}
+    found = {"study": study.name, "settings": options.set, "carried": carried.read_text(), "models": {}}
     for model in sorted(key for key in losses[jobs[0]] if key.startswith("heldout/")):
         arms = {arm: [out[model] for (name, _), out in losses.items() if name == arm] for arm in ("by-hand", "carried")}
         differences = [new - old for new, old in zip(arms["carried"], arms["by-hand"], strict=True)]
