@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--fit", type=Path, help="transfer.json of a transfer check, for its exponents")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of both arms; repeatable")
-    parser.add_argument("--study-set", action="append", default=[], metavar="KEY=VALUE", help="of the study; repeatable")
+    parser.add_argument(
+        "--study-set", action="append", default=[], metavar="KEY=VALUE", help="of the study; repeatable"
+    )
     options = parser.parse_args()
     os.chdir(ROOT)
     quality.RUNS.mkdir(parents=True, exist_ok=True)

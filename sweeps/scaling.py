@@ -39,9 +39,9 @@ class Fit:
 
     source: str
     rules: dict[str, Any]
-    """Fields of `transfer`: the fitted exponent of the horizon, and what else the check went by."""
+    """Fields of `transfer`: the exponent of the horizon, and what else the check went by."""
     notes: dict[str, str]
-    """Direction -> a line."""
+    """Direction or exponent -> a line."""
 
     @classmethod
     def read(cls, path: Path) -> "Fit":
@@ -55,10 +55,11 @@ class Fit:
         if not isinstance(tree, dict) or not {"grids", "exponents", "settings"} <= tree.keys():
             raise DataError(f"--fit {path}: not a transfer check's; make one with python -m sweeps transfer")
         settings, exponents = tree["settings"], tree["exponents"]
-        horizon = exponents.get("horizon", {}).get("value", settings["horizon_exponent"])
         rules = {name: settings[name] for name in ("depth_exponent", "averages")}
-        rules["horizon_exponent"] = round(min(1.0, max(0.0, horizon)), 3)
         notes = {grid["along"]: _seen(grid) for grid in tree["grids"] if grid["ruled"]}
+        rules["horizon_exponent"], notes["horizon_exponent"] = _horizon(
+            exponents.get("horizon"), settings["horizon_exponent"]
+        )
         return cls(str(path), rules, notes)
 
 
@@ -181,6 +182,20 @@ def _reasons(fit: Fit | None) -> str:
     else:
         lines += [f"Fit, {fit.source}:", *(f"  {along}: {line}" for along, line in fit.notes.items())]
     return "\n".join(lines)
+
+
+def _horizon(fitted: Mapping[str, Any] | None, assumed: float) -> tuple[float, str]:
+    """The exponent of the horizon and why: the fitted one only where the check rules out the one it assumed."""
+    if fitted is None:
+        return assumed, f"{assumed}, as assumed: the check has no grid over tokens"
+    value, ends = fitted["value"], fitted["interval"]
+    if ends is None:
+        return assumed, f"{assumed}, as assumed: the fit, {value:.2f}, is of one seed"
+    shown = f"{value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+    if ends[0] <= assumed <= ends[1]:
+        return assumed, f"{assumed}, as assumed: the fit, {shown}, does not rule it out"
+    kept = round(min(1.0, max(0.0, value)), 3)
+    return kept, f"{kept} by the fit, {shown}, which rules out {assumed}"
 
 
 def _seen(grid: Mapping[str, Any]) -> str:

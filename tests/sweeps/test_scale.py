@@ -3,6 +3,7 @@
 import json
 
 import optuna
+import pytest
 from optuna.trial import create_trial
 
 from distill.transferred import transferred_of
@@ -10,7 +11,7 @@ from herd.llama4.specs import SPECS
 from herd.llama4.transfer import Horizon, scales
 from herd.run import config, config_text
 from sweeps import __main__ as command
-from sweeps import annotated, scale
+from sweeps import annotated, scale, scaling
 from sweeps.settings import Choices, Range
 from tests.sweeps import studies
 
@@ -59,6 +60,29 @@ def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
     comments = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     assert "width: seen to x8" in comments and "trial 0 of stubbed" in comments
     assert "a step's tokens x16,384" in comments
+    assert "horizon_exponent: 0.31 by the fit, 0.31 [0.25, 0.37], which rules out 0.5" in comments
+
+
+@pytest.mark.parametrize(
+    ("fitted", "kept", "why"),
+    [
+        (
+            {"value": 0.15, "interval": [-0.23, 0.52]},
+            0.3,
+            "0.3, as assumed: the fit, 0.15 [-0.23, 0.52], does not rule it out",
+        ),
+        ({"value": -0.2, "interval": [-0.3, -0.1]}, 0.0, "0.0 by the fit, -0.20 [-0.30, -0.10], which rules out 0.3"),
+        ({"value": 0.6, "interval": None}, 0.3, "0.3, as assumed: the fit, 0.60, is of one seed"),
+        (None, 0.3, "0.3, as assumed: the check has no grid over tokens"),
+    ],
+)
+def test_an_exponent_is_the_fits_only_where_the_check_rules_out_the_assumed_one(tmp_path, fitted, kept, why):
+    settings = {"horizon_exponent": 0.3, "depth_exponent": 1.0, "averages": "tokens"}
+    exponents = {} if fitted is None else {"horizon": fitted}
+    path = tmp_path / "transfer.json"
+    path.write_text(json.dumps({"grids": [], "exponents": exponents, "settings": settings}))
+    fit = scaling.Fit.read(path)
+    assert (fit.rules["horizon_exponent"], fit.notes["horizon_exponent"]) == (kept, why)
 
 
 def failing(capsys, words) -> str:
