@@ -4,6 +4,7 @@ run(config, resume="auto", command="deepspeed --module distill --config configs/
 """
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,9 @@ def prepare_folder(config: Config, folder: Path, *, resume: str, command: str) -
     if ranks.is_main():
         make_folder(folder, "run.folder")
         checkpoints.clean(folder)
+        if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
+            for moved in checkpoints.set_aside_later(folder / checkpoints.FOLDER / checkpoint.name):
+                print(f"set aside, as the run goes on from {checkpoint.name}: {moved}", file=sys.stderr, flush=True)
         files.write_atomic(folder / CONFIG, configuration.dump(config))
         run_record.begin(folder, command)
     ranks.barrier()

@@ -80,12 +80,12 @@ def describe(study: settings.Study) -> str:
     lines += [f"  {path}: {_values(part)}" for path, part in study.space.items()]
     lines += [f"objective {part.direction} {part.metric}" for part in study.objectives]
     if found is not None:
-        ended = len(Ledger(found, study.budget.trials).ended())
-        lines.append(f"goes on   {ended} of {study.budget.trials} trials have ended")
+        ended = len(Ledger(found, study.trials).ended())
+        lines.append(f"goes on   {ended} of {study.trials} trials have ended")
     else:
         why = "a value of the base lies outside the space" if study.enqueue_defaults else "enqueue_defaults is off"
         lines.append(f"trial 0   {'the base as it is' if first else f'sampled: {why}'}")
-    runs = study.budget.trials * study.seeds + 2 * study.repeats.seeds
+    runs = study.trials * study.seeds + 2 * study.repeats.seeds
     lines.append(
         f"runs      {runs} at most, {study.launch.workers} at a time, {study.launch.ranks} ranks each; "
         f"sampler {study.sampler.kind}, pruner {study.pruner.kind}"

@@ -21,7 +21,7 @@ def check_driver(url: str) -> None:
         there = find_spec("grpc") is not None
     else:
         from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import NoSuchModuleError
+        from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
         try:
             make_url(url).get_dialect().import_dbapi()
@@ -29,6 +29,10 @@ def check_driver(url: str) -> None:
         except NoSuchModuleError:
             raise ConfigError(
                 f"storage = {shown(url)}: SQLAlchemy knows no driver {named}; leave out +{named}"
+            ) from None
+        except (ArgumentError, ValueError):
+            raise ConfigError(
+                f"storage = {shown(url)}: no URL of a database; write scheme://user:password@host:port/name"
             ) from None
         except ImportError:
             there = False

@@ -76,26 +76,26 @@ class Ledger:
                 self.retry(frozen)
 
     def retry(self, frozen: FrozenTrial, *, died: bool = False) -> bool:
-        """Make a trial wait again in its run folder; False, and it has failed, when its run died too often.
+        """Make a trial wait again in its run folder; False, and it is the caller's to end, when its run died too often.
 
         died: of itself, with its worker alive. A worker that is killed says nothing about the trial.
         """
         number, deaths = frozen.number, frozen.user_attrs.get("deaths", 0) + died
-        again = deaths < MOST_DEATHS
+        if deaths >= MOST_DEATHS:
+            return False
         retried = any(trial.user_attrs.get("retry_of") == number for trial in self.study.get_trials(deepcopy=False))
         # First the new one, then the end of the old: dying in between loses nothing: the next to look sees both.
-        if again and not retried:
+        if not retried:
             kept = {key: frozen.user_attrs[key] for key in ("defaults", "run") if key in frozen.user_attrs}
             kept |= {"retry_of": number, "deaths": deaths}
             kept.setdefault("run", number)
             self.study.enqueue_trial(frozen.params, user_attrs=kept)
         try:
-            if again:
-                optuna.Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
+            optuna.Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
             self.study.tell(number, state=TrialState.FAIL)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another worker was faster
             pass
-        return again
+        return True
 
 
 def owner() -> str:
@@ -106,14 +106,19 @@ def owner() -> str:
 def abandoned(frozen: FrozenTrial) -> bool:
     """Whether nobody runs a running trial any more."""
     attributes = frozen.user_attrs
-    if attributes.get("paused"):
-        return True
-    host, _, rest = attributes.get("owner", "").partition(" ")
+    started = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
+    return attributes.get("paused", False) or gone(
+        attributes.get("owner", ""), max(attributes.get("beat", 0.0), started)
+    )
+
+
+def gone(owner: str, beat: float) -> bool:
+    """Whether a process is no more: looked for where it is one of this machine, by its last sign of life elsewhere."""
+    host, _, rest = owner.partition(" ")
     if host == socket.gethostname():
         pid, _, created = rest.partition(" ")
         try:
             return f"{psutil.Process(int(pid)).create_time():.2f}" != created
         except psutil.NoSuchProcess:
             return True
-    started = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
-    return time.time() - max(attributes.get("beat", 0.0), started) > STALE_S
+    return time.time() - beat > STALE_S

@@ -29,7 +29,7 @@ Drawn = tuple[str, str, Figure]
 
 def draw(study: Study, optuna_study: optuna.Study, result: Result, size: Size) -> dict[str, Drawn]:
     """Name -> heading, caption and figure, for the pictures this study has data for."""
-    trials = Ledger(optuna_study, study.budget.trials).ended()
+    trials = Ledger(optuna_study, study.trials).ended()
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     pictures: dict[str, Drawn | None] = {}
     if len(study.objectives) == 1:

@@ -9,8 +9,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from herd.run.errors import EnvironmentFault, Interrupted
+from herd.run.files import write_atomic
+from herd.run.folders import make_folder
 from herd.run.schema import Config
 from sweeps import checks, repeats, report, results, storages, tracking, worker
+from sweeps.closing import closing
 from sweeps.ledger import Ledger
 from sweeps.results import Result
 from sweeps.settings import Study
@@ -31,20 +34,26 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
         study = study.model_copy(update={"launch": study.launch.model_copy(update={"workers": workers})})
     base = checks.check(study)
     optuna_study = storages.open_study(study, base)
+    make_folder(study.home, "folder")
+    write_atomic(study.base_copy, study.base.read_bytes())
     optuna_study.set_user_attr(worker.STOPPED, None)
     with tracking.of_study(study, base, optuna_study) as tracker, stop_signals() as stop:
         deadline = None if study.budget.hours is None else time.monotonic() + 3600 * study.budget.hours
-        crew = Crew(study, base, Ledger(optuna_study, study.budget.trials), deadline)
+        crew = Crew(study, base, Ledger(optuna_study, study.trials), deadline)
         try:
             crew.work(stop)
-            if study.repeats.seeds:
-                repeats.run(study, optuna_study, crew.slots, stop)
+            with closing(optuna_study) as beat:
+                if beat is None:
+                    print(f"another command repeats the best trial of {study.name} and writes its report", flush=True)
+                    return results.read(study, optuna_study)
+                if study.repeats.seeds:
+                    repeats.run(study, optuna_study, crew.slots, stop, beat)
+                found = results.read(study, optuna_study)
+                page = report.write(study, optuna_study, found)
+                tracking.finish_study(tracker, study, found, page)
         except Interrupted:
             again = command or "sweeps.run(study)"
             raise Interrupted(f"{study.name} is stopped; nothing is lost, it goes on with: {again}") from None
-        found = results.read(study, optuna_study)
-        page = report.write(study, optuna_study, found)
-        tracking.finish_study(tracker, study, found, page)
     return found
 
 
@@ -91,6 +100,8 @@ class Crew:
             process.join()
             del self.at_work[number]
             answer = _received(answers)
+            if answer == "nothing" and process.exitcode == 1:
+                raise RuntimeError(f"{process.name} failed; its traceback is above")
             if answer == "nothing":
                 self.deaths += 1
                 if self.deaths > MOST_DEATHS:

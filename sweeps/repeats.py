@@ -3,7 +3,9 @@
 run(study, optuna_study, slots, stop)           # kept in the study's storage; runs that are done are not run again
 """
 
+import math
 import time
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -11,71 +13,107 @@ import optuna
 from scipy.stats import t as student_t
 
 from herd.run import config_text
-from herd.run.errors import Interrupted
+from herd.run.errors import ENVIRONMENT, Interrupted
 from sweeps import metrics, results
 from sweeps.settings import Study
 from sweeps.stopping import Stop
 from sweeps.trial import Slot, TrialRun
-from sweeps.worker import Failed, clear_checkpoints
+from sweeps.worker import TrialsFail
 
 FIRST_SEED = 1000  # beyond any seed the trials used
 CONFIDENCE = 0.95
 GLANCE_S = 0.25
+Key = tuple[str, int]  # arm, seed
 
 
-def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop) -> None:
+def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop, beat: Callable[[], None]) -> None:
     """Run what is missing and store the paired values of the first objective, with the interval of their difference.
 
-    Raises Failed when a run fails, Interrupted when asked to stop; both leave nothing running.
+    A seed whose run fails is left out, with a line. Raises TrialsFail when the machine is at fault, Interrupted when
+    asked to stop; both leave nothing running. `beat` is called all the while.
     """
     best = results.read(study, optuna_study).best
     if best is None:
         return
     arms = {"best": list(best.overrides)} | ({} if best.defaults else {"defaults": []})
     seeds = [study.seed + FIRST_SEED + index for index in range(study.repeats.seeds)]
-    waiting = [(f"repeat-{arm}-{best.number:04d}-seed-{seed}", arm, seed) for seed, arm in product(seeds, arms)]
-    names = {(arm, seed): name for name, arm, seed in waiting}
-    running: dict[int, TrialRun] = {}
-    parent = [f"tracking.parent={run_id}"] if (run_id := optuna_study.user_attrs.get("mlflow_run_id")) else []
-    try:
-        while waiting or running:
-            for slot in slots:
-                if slot.number not in running and waiting:
-                    name, arm, seed = waiting.pop(0)
-                    found = {"sweep.study": study.name, "sweep.repeat": arm}
-                    tags = [f"tracking.tags={config_text.write_inline(found)}", *parent]
-                    running[slot.number] = TrialRun.start(
-                        study, name=name, overrides=arms[arm], seed=seed, slot=slot, tags=tags
-                    )
-            for number, one in list(running.items()):
-                code = one.code()
-                if code is not None:
-                    del running[number]
-                    if code:
-                        raise Failed(code, f"{one.folder.name}: {one.last_words()}")
-                    clear_checkpoints(one.folder)
-            if stop.asked:
-                raise Interrupted("")
-            time.sleep(GLANCE_S)
-    finally:
-        for one in running.values():
-            one.stop()
+    runs = {
+        (arm, seed): TrialRun.of(
+            study, name=f"repeat-{arm}-{best.number:04d}-seed-{seed}", overrides=arms[arm], seed=seed
+        )
+        for seed, arm in product(seeds, arms)
+    }
+    run_missing(runs, slots, stop, beat, lambda arm: _tags(study, optuna_study, arm))
     metric = study.objectives[0].metric
-    values = {arm: [metrics.final(study.home / names[arm, seed], metric) for seed in seeds] for arm in arms}
+    values = {arm: [_value(runs[arm, seed], metric) for seed in seeds] for arm in arms}
     optuna_study.set_user_attr(
         results.REPEATS, {"trial": best.number, "seeds": seeds, "metric": metric, **paired(values)}
     )
 
 
-def paired(values: dict[str, list[float]]) -> dict[str, Any]:
-    """Values by arm, and best - defaults: mean with its 95 % t interval over seeds (None from fewer than two)."""
+def run_missing(
+    runs: dict[Key, TrialRun],
+    slots: list[Slot],
+    stop: Stop,
+    beat: Callable[[], None],
+    tags: Callable[[str], list[str]],
+) -> None:
+    """Run those that have not ended well before, as many at a time as there are slots."""
+    waiting = [key for key, one in runs.items() if not one.is_done()]
+    running: dict[int, TrialRun] = {}
+    try:
+        while waiting or running:
+            for slot in slots:
+                if slot.number not in running and waiting:
+                    arm, seed = waiting.pop(0)
+                    running[slot.number] = runs[arm, seed]
+                    runs[arm, seed].start(slot, tags(arm))
+            for number, one in list(running.items()):
+                if one.code() is not None:
+                    del running[number]
+                    _take(one)
+            if stop.asked:
+                raise Interrupted("")
+            beat()
+            time.sleep(GLANCE_S)
+    finally:
+        for one in running.values():
+            one.stop()
+
+
+def _take(ended: TrialRun) -> None:
+    code, name = ended.code(), ended.folder.name
+    if code == 0:
+        ended.finish()
+    elif code == ENVIRONMENT:
+        raise TrialsFail(f"{name}: {ended.last_words()} (its log: {ended.log})", ENVIRONMENT)
+    else:
+        print(f"{name} failed and is left out: {ended.last_words()} (its log: {ended.log})", flush=True)
+
+
+def _value(ended: TrialRun, metric: str) -> float | None:
+    value = metrics.final(ended.folder, metric) if ended.is_done() else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _tags(study: Study, optuna_study: optuna.Study, arm: str) -> list[str]:
+    parent = optuna_study.user_attrs.get("mlflow_run_id")
+    found = {"sweep.study": study.name, "sweep.repeat": arm}
+    words = [f"tracking.tags={config_text.write_inline(found)}"]
+    return words + ([f"tracking.parent={parent}"] if parent else [])
+
+
+def paired(values: dict[str, list[float | None]]) -> dict[str, Any]:
+    """Values by arm, and best - defaults over the seeds that have both: mean with its 95 % t interval (None from fewer
+    than two)."""
     outcome: dict[str, Any] = {"values": values}
-    if "defaults" not in values:
-        return outcome
-    differences = [best - default for best, default in zip(values["best"], values["defaults"], strict=True)]
+    pairs = zip(values["best"], values.get("defaults", []), strict=False)
+    differences = [best - default for best, default in pairs if best is not None and default is not None]
     count = len(differences)
+    if not count:
+        return outcome
     mean = sum(differences) / count
-    outcome |= {"difference": mean, "interval": None}
+    outcome |= {"pairs": count, "difference": mean, "interval": None}
     if count > 1:
         spread = (sum((value - mean) ** 2 for value in differences) / (count - 1) / count) ** 0.5
         half = float(student_t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * spread

@@ -47,9 +47,7 @@ def write(study: Study, optuna_study: optuna.Study, result: Result) -> Path:
 
 
 def _shown(result: Result) -> list[Trial]:
-    order = {"complete": 0, "pruned": 1, "failed": 2}
-    front = {trial.number for trial in result.front}
-    ranked = sorted(result.trials, key=lambda t: (t.number not in front, order[t.state], t.values))
+    ranked = result.ranked()
     kept = ranked[:MOST_TRIALS]
     return kept + [trial for trial in ranked[MOST_TRIALS:] if trial.defaults]
 
@@ -67,7 +65,6 @@ def _commands(study: Study, best: Trial | None) -> list[str]:
     if best is None:
         return []
     words = ["python", "-m", "distill", "--config", str(study.base)]
-    words += [
-        word for setting in [*study.set, *best.overrides, f"run.name={study.name}-best"] for word in ("--set", setting)
-    ]
+    settings = [*study.set, *best.overrides, f"run.seed={study.seed}", f"run.name={study.name}-best"]
+    words += [word for setting in settings for word in ("--set", setting)]
     return [shlex.join(words)]

@@ -33,6 +33,8 @@ class Trial:
 @dataclass(frozen=True)
 class Result:
     objectives: tuple[str, ...]
+    signs: tuple[int, ...]
+    """1 for an objective that is minimised, -1 for one that is maximised."""
     trials: tuple[Trial, ...]
     """Those that count and are over."""
     front: tuple[Trial, ...]
@@ -50,10 +52,21 @@ class Result:
         """Trial 0, the base as it is."""
         return next((trial for trial in self.trials if trial.defaults and trial.state == "complete"), None)
 
+    def ranked(self) -> list[Trial]:
+        """The front, then the other complete trials from the best on, then those that were pruned or failed."""
+        order = {"complete": 0, "pruned": 1, "failed": 2}
+        return sorted(
+            self.trials,
+            key=lambda trial: (
+                trial not in self.front,
+                order[trial.state],
+                [sign * value for sign, value in zip(self.signs, trial.values, strict=False)],
+            ),
+        )
+
     def table(self, most: int = 10) -> str:
         """The best trials as text, and the defaults among them."""
-        complete = [trial for trial in self.trials if trial.state == "complete"]
-        shown = sorted(complete, key=lambda trial: (trial not in self.front, trial.values))[:most]
+        shown = [trial for trial in self.ranked() if trial.state == "complete"][:most]
         if self.default and self.default not in shown:
             shown.append(self.default)
         lines = [f"{'trial':>6}  {'  '.join(self.objectives)}"]
@@ -70,7 +83,7 @@ class Result:
 
 def read(study: Study, optuna_study: optuna.Study) -> Result:
     """The study as it stands in its storage."""
-    ended = Ledger(optuna_study, study.budget.trials).ended()
+    ended = Ledger(optuna_study, study.trials).ended()
     trials = {trial.number: _trial(trial) for trial in ended}
     complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     if not complete:
@@ -81,6 +94,7 @@ def read(study: Study, optuna_study: optuna.Study) -> Result:
         front = [trial.number for trial in optuna_study.best_trials]
     return Result(
         objectives=tuple(objective.metric for objective in study.objectives),
+        signs=tuple(1 if objective.direction == "minimize" else -1 for objective in study.objectives),
         trials=tuple(trials.values()),
         front=tuple(trials[number] for number in front),
         repeats=optuna_study.user_attrs.get(REPEATS),

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="what to write, in a folder that is made if need be (by default TO's name, in the study's folder)",
     )
+    add("--trial", type=int, metavar="N", help="which trial to carry (by default the best)")
     add("--fit", type=Path, metavar="FILE", help="transfer.json of a transfer check: its exponents, its findings")
     add("--world-size", type=int, metavar="N", help="ranks to plan for (by default as many as spread the experts)")
     parser.set_defaults(dry_run=True)  # --world-size plans, and a plan is all that is made here
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--world-size {world_size}: must be 1 or more")
         again = f"run it first: python -m sweeps --study {arguments.study}"
         out = arguments.out or study.home / arguments.to.name
-        scaled = write(study, arguments.to, out, fit=arguments.fit, again=again)
+        scaled = write(study, arguments.to, out, fit=arguments.fit, trial=arguments.trial, again=again)
         from distill import plan
 
         plan.show_plans(scaled, plan.plan_run(scaled, world_size=world_size), world_size=world_size, mfu=MFU)
@@ -59,14 +60,22 @@ def main(argv: list[str]) -> int:
     return cli.main_guard(body)
 
 
-def write(study: Study, to: Path, out: Path, *, fit: Path | None = None, again: str = "run it first") -> Config:
+def write(
+    study: Study,
+    to: Path,
+    out: Path,
+    *,
+    fit: Path | None = None,
+    trial: int | None = None,
+    again: str = "run it first",
+) -> Config:
     """Write `out`, after it has been checked as the trainer would; returns it. Raises ConfigError or DataError.
 
-    again: how to run the study, for the message that it has not.
+    trial: which one; by default the best. again: how to run the study, for the message that it has not.
     """
     from sweeps import scaling
 
-    number, overrides = best_of(study, again)
+    number, overrides = found_by(study, trial, again)
     if out.is_dir():
         raise ConfigError(f"--out {out}: a folder; name the file to write")
     check_folder(out.parent, "--out")
@@ -85,10 +94,11 @@ def write(study: Study, to: Path, out: Path, *, fit: Path | None = None, again: 
     return made
 
 
-def best_of(study: Study, again: str) -> tuple[int, list[str]]:
-    """Number and overrides of the study's best trial. ConfigError when it has not run, or no trial is complete.
+def found_by(study: Study, wanted: int | None, again: str) -> tuple[int, list[str]]:
+    """Number and overrides of a complete trial, by default the best.
 
-    again: the mend, a command that runs it.
+    Raises ConfigError when the study has not run, ran with other settings than it has now, or has no such trial; and
+    when several trials of several objectives are best and none is named. again: the mend, a command that runs it.
     """
     import optuna
 
@@ -104,10 +114,20 @@ def best_of(study: Study, again: str) -> tuple[int, list[str]]:
         found = storages.patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), url)
     except KeyError:
         raise ConfigError(missing) from None
-    best = results.read(study, found).best
-    if best is None:
+    storages.check_same(study, found, storages.identity(study, config.load(study.base, study.set, flag="base")))
+    result = results.read(study, found)
+    if result.best is None:
         raise ConfigError(f"--from {study.name}: no trial is complete yet; {again}")
-    return best.number, list(best.overrides)
+    if wanted is None and len(result.front) > 1:
+        numbers = ", ".join(str(trial.number) for trial in result.front)
+        raise ConfigError(
+            f"--from {study.name}: several trials are best, each in its way; give --trial, one of {numbers}"
+        )
+    complete = {trial.number: trial for trial in result.trials if trial.state == "complete"}
+    chosen = result.best.number if wanted is None else wanted
+    if chosen not in complete:
+        raise ConfigError(f"--trial {chosen}: no complete trial of {study.name}; the best is {result.best.number}")
+    return chosen, list(complete[chosen].overrides)
 
 
 def check_rules(made: Config) -> None:
@@ -123,4 +143,7 @@ def _validated(text: str, to: Path) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / to.name
         path.write_text(text, encoding="utf-8")
-        return config.load(path)
+        try:
+            return config.load(path)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(path), f"--to {to} with the trial's settings")) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from herd.llama4.specs import SPECS, find_spec
+from herd.run import config_overrides, config_text
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, Teacher, Transfer
 
@@ -103,7 +104,8 @@ def carry(
             raise ConfigError(
                 f"space.{path}: there is no rule that carries it to another model; set it in --to by hand"
             )
-        scaled.put(keys, value, f"{who}; as it was found: there is no rule for it.")
+        config_overrides.apply(scaled.tree, f"{path}={config_text.write_inline(value)}")
+        scaled.notes[keys] = f"{who}; as it was found: there is no rule for it."
     return scaled
 
 
@@ -123,14 +125,19 @@ def _pairs(small: Config, large: Config) -> Iterator[tuple[tuple[str, ...], Mode
 def _checked(where: str, own: Model | Teacher, kin: Mapping[str, Model | Teacher]) -> Model | Teacher:
     if own.source not in SPECS:
         raise ConfigError(f"{where}.source = {own.source}: trained already; rules are for fresh models of a spec")
-    same = [model for model in kin.values() if _kind(model.source) == _kind(own.source)]
+    same = {name: model for name, model in kin.items() if _kind(model.source) == _kind(own.source)}
     if not same:
         trained = ", ".join(dict.fromkeys(model.source for model in kin.values()))
         raise ConfigError(
             f"{where}.source = {own.source}: the study trained models of another kind ({trained}); "
             f"use a study with a {_kind(own.source)}{NANO}"
         )
-    return same[0]
+    name = where.rpartition(".")[2]
+    if len(same) > 1 and name not in same:
+        raise ConfigError(
+            f"{where}: the study trained several of its kind ({', '.join(same)}); call it like one of them"
+        )
+    return same.get(name) or next(iter(same.values()))
 
 
 def _kind(source: str) -> str:

@@ -5,6 +5,7 @@ study = Study(name="rates", base="configs/nano.yaml", space={"optim.lr": Range(l
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -22,6 +23,10 @@ from herd.run.store import shown
 Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
 STORAGE = re.compile(r"(sqlite|postgresql|mysql)(\+\w+)?://.+|journal:.+|grpc://.+:\d+")
+SET_BY_A_STUDY = (
+    *("run.name", "run.folder", "run.seed", "run.keep_checkpoints"),
+    *("tracking.register_models", "tracking.tags", "tracking.parent"),
+)
 OF_A_STUDY = "a study has base, space, objectives, ..."
 
 
@@ -41,11 +46,14 @@ class Range(Section):
     @property
     def last(self) -> float | int:
         """The highest value there is: `high`, or the last step below it."""
-        if self.step is None:
-            return self.high
-        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))  # 0.1 is a tenth
-        last = low + (high - low) // step * step
-        return int(last) if self.whole else float(last)
+        return self.high if self.step is None else self.points[-1]
+
+    @property
+    def points(self) -> list[float | int]:
+        """Every value of a range with a step: decimal numbers as they are written, low + 2 * 0.1 is low + 0.2."""
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
+        kind = int if self.whole else float
+        return [kind(low + index * step) for index in range(int((high - low) // step) + 1)]
 
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
@@ -167,6 +175,8 @@ class Study(Section):
             raise ValueError(f"sampler.kind = {self.sampler.kind} takes one objective; use nsga2 or tpe")
         if self.sampler.kind == "grid" and any(isinstance(r, Range) and r.step is None for r in self.space.values()):
             raise ValueError("sampler.kind = grid needs choices, or a step in every range")
+        if own := self.space.keys() & set(SET_BY_A_STUDY):
+            raise ValueError(f"space.{min(own)} is set by the study itself, for every trial; take it out of the space")
         if self.sampler.kind == "cmaes" and any(isinstance(part, Choices) for part in self.space.values()):
             raise ValueError("sampler.kind = cmaes takes ranges only; use tpe")
         return self
@@ -175,6 +185,19 @@ class Study(Section):
     def home(self) -> Path:
         """Folder of the study."""
         return self.folder / self.name
+
+    @property
+    def base_copy(self) -> Path:
+        """The base as it was when the command began, beside the trials: what their runs read."""
+        return self.home / "base.yaml"
+
+    @property
+    def trials(self) -> int:
+        """Trials it has at most: the budget's, or a grid's points."""
+        if self.sampler.kind != "grid":
+            return self.budget.trials
+        counts = (len(part.choices if isinstance(part, Choices) else part.points) for part in self.space.values())
+        return min(self.budget.trials, math.prod(counts))
 
     @property
     def storage_url(self) -> str:

@@ -51,14 +51,10 @@ def defaults(base: Config, space: Space) -> dict[str, Any] | None:
 
 def grid(space: Space) -> dict[str, list[Any]]:
     """Every value of each path, for a grid."""
-    points = {}
-    for path, found in distributions(space).items():
-        if isinstance(found, CategoricalDistribution):
-            points[path] = list(found.choices)
-        else:
-            steps = round((found.high - found.low) / found.step) + 1
-            points[path] = [type(found.low)(found.low + i * found.step) for i in range(steps)]
-    return points
+    found = distributions(space)
+    return {
+        path: list(found[path].choices) if isinstance(part, Choices) else part.points for path, part in space.items()
+    }
 
 
 def _distribution(part: Range | Choices) -> BaseDistribution:

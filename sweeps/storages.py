@@ -9,12 +9,13 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -28,8 +29,10 @@ from sweeps.drivers import check_driver
 from sweeps.settings import Sampler, Study
 
 PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
+FIRST_TRIALS_S, GLANCE_S = 30.0, 0.5  # another command may be putting the first trials in
 BUSY_S = 60  # SQLite waits so long for another worker's write
 SETTINGS = "settings"
+SQLITE = b"SQLite format 3\x00"
 DATABASES = ("sqlite", "postgresql", "mysql")
 Answer = TypeVar("Answer")
 
@@ -43,24 +46,26 @@ def open_study(study: Study, base: Config) -> optuna.Study:
     quiet()
     storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
     wanted = identity(study, base)
-    found = patiently(
-        lambda: optuna.create_study(
-            storage=storage,
-            study_name=study.name,
-            sampler=make_sampler(study.sampler),
-            pruner=make_pruner(study, base),
-            directions=[objective.direction for objective in study.objectives],
-            load_if_exists=True,
-        ),
-        study.storage_url,
-    )
-    known = found.user_attrs.get(SETTINGS)
-    if known is None:
+    tools = {"sampler": make_sampler(study.sampler), "pruner": make_pruner(study, base)}
+    found, made = patiently(lambda: _make_or_load(study, storage, tools), study.storage_url)
+    if not made:  # by another command, perhaps a moment ago
+        until = time.monotonic() + FIRST_TRIALS_S
+        while SETTINGS not in found.user_attrs and time.monotonic() < until:
+            time.sleep(GLANCE_S)
+    if SETTINGS not in found.user_attrs:
+        # Last, as it says that the first trials are in: who dies before it leaves them to the next.
+        patiently(lambda: _enqueue_first(found, study, base), study.storage_url)
         found.set_user_attr(SETTINGS, wanted)
-        _enqueue_first(found, study, base)
-    else:
-        _check_same(study, known, wanted)
+    check_same(study, found, wanted)
     return found
+
+
+def _make_or_load(study: Study, storage: BaseStorage, tools: dict[str, Any]) -> tuple[optuna.Study, bool]:
+    directions = [objective.direction for objective in study.objectives]
+    try:
+        return optuna.create_study(storage=storage, study_name=study.name, directions=directions, **tools), True
+    except DuplicatedStudyError:
+        return optuna.load_study(storage=storage, study_name=study.name, **tools), False
 
 
 def peek(study: Study, base: Config) -> optuna.Study | None:
@@ -68,7 +73,8 @@ def peek(study: Study, base: Config) -> optuna.Study | None:
 
     Raises ConfigError when one of that name has other settings.
     """
-    if study.storage_file is None or not study.storage_file.exists():
+    file = study.storage_file
+    if file is None or not file.exists() or not file.stat().st_size:
         return None
     quiet()
     storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
@@ -76,7 +82,7 @@ def peek(study: Study, base: Config) -> optuna.Study | None:
         found = patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), study.storage_url)
     except KeyError:
         return None
-    _check_same(study, found.user_attrs.get(SETTINGS), identity(study, base))
+    check_same(study, found, identity(study, base))
     return found
 
 
@@ -87,14 +93,28 @@ def open_storage(url: str) -> BaseStorage:
     if kind.partition("+")[0] in DATABASES:
         options: dict[str, Any] = {"pool_pre_ping": True}
         if kind == "sqlite":
-            make_folder(Path(rest.removeprefix("///")).absolute().parent, "storage")
+            _check_database(Path(rest.removeprefix("///")))
             options = {"connect_args": {"timeout": BUSY_S}}
         return RDBStorage(url, engine_kwargs=options)
     if kind == "journal":
-        make_folder(Path(rest).absolute().parent, "storage")
+        _check_journal(Path(rest))
         return JournalStorage(JournalFileBackend(rest))
     host, _, port = rest.removeprefix("//").rpartition(":")
     return GrpcStorageProxy(host=host, port=int(port))
+
+
+def _check_database(file: Path) -> None:
+    make_folder(file.absolute().parent, "storage")
+    if file.is_file() and (start := file.open("rb").read(len(SQLITE))) and start != SQLITE:
+        raise ConfigError(f"storage = sqlite:///{file}: the file is no SQLite database; give another name")
+
+
+def _check_journal(file: Path) -> None:
+    make_folder(file.absolute().parent, "storage")
+    with file.open("rb") if file.is_file() else BytesIO() as stream:
+        first = stream.readline()
+    if first.endswith(b"\n") and b'"op_code"' not in first:  # a line a writer is at is no fault
+        raise ConfigError(f"storage = journal:{file}: the file is no journal of Optuna's; give another name")
 
 
 def patiently(call: Callable[[], Answer], url: str) -> Answer:
@@ -136,7 +156,8 @@ def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:
 
 def make_pruner(study: Study, base: Config) -> optuna.pruners.BasePruner:
     """The pruner of a study; its unit is the students' step, or the seed."""
-    first, last = max(1, base.run.evaluate_every), base.run.steps  # 0: a metric of the training itself, every step
+    every, last = base.run.evaluate_every, base.run.steps
+    first = every if 0 < every < last else 1  # else what counts is no held-out loss, but logged at every step
     startup, factor = study.pruner.startup, study.pruner.factor
     pruners = {
         "none": lambda: optuna.pruners.NopPruner(),
@@ -161,7 +182,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
-def _check_same(study: Study, known: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+def check_same(study: Study, found: optuna.Study, wanted: dict[str, Any]) -> None:
+    """Raise ConfigError, the difference shown, when the storage holds a study of that name with another identity."""
+    known = found.user_attrs.get(SETTINGS)
     if known is not None and known != wanted:
         lines = "\n".join(f"  {line}" for line in _differences(known, wanted))
         raise ConfigError(f"name = {study.name}: the study in {shown(study.storage_url)} is another one:\n{lines}\n"
@@ -171,11 +194,10 @@ def _check_same(study: Study, known: dict[str, Any] | None, wanted: dict[str, An
 def _enqueue_first(found: optuna.Study, study: Study, base: Config) -> None:
     first = spaces.defaults(base, study.space) if study.enqueue_defaults else None
     if first is not None:
-        found.enqueue_trial(first, user_attrs={"defaults": True})
+        found.enqueue_trial(first, user_attrs={"defaults": True}, skip_if_exists=True)
     if study.sampler.kind == "grid":
         for params in grid_points(study):
-            if params != first:
-                found.enqueue_trial(params)
+            found.enqueue_trial(params, skip_if_exists=True)
 
 
 def grid_points(study: Study) -> list[dict[str, Any]]:

@@ -1,22 +1,27 @@
 """One training run of a trial: started through the DeepSpeed launcher under a guard, watched, and stopped as a whole.
 
-run = TrialRun.start(study, name="trial-0007", overrides=["optim.lr=0.003"], seed=0, slot=slot)
-run.code() is None          # it goes on
+run = TrialRun.of(study, name="trial-0007", overrides=["optim.lr=0.003"], seed=0)
+run.start(slot, tags); run.code() is None          # it goes on
 run.stop(); run.last_words()
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from herd.run.files import write_atomic
 from herd.run.folders import make_folder
 from herd.run.ranks import free_port
 from sweeps import guard
 from sweeps.settings import Study
 
 STOP_S = guard.GRACE_S + 15.0
+FIXED = ("run.keep_checkpoints=1", "tracking.register_models=false")
+DONE = "sweep.json"  # in the folder of a run that ended well: its settings
 
 
 @dataclass(frozen=True)
@@ -50,42 +55,41 @@ def slots(study: Study, accelerators: int) -> list[Slot]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrialRun:
     folder: Path
-    command: list[str]
-    log: Path
-    process: subprocess.Popen
+    settings: list[str]
+    """All that is put on the base."""
+    study: Study
+    process: subprocess.Popen | None = None
 
     @classmethod
-    def start(
-        cls, study: Study, *, name: str, overrides: list[str], seed: int, slot: Slot, tags: list[str]
-    ) -> "TrialRun":
-        """Start or go on with the run of that name in the study's folder."""
-        make_folder(study.home, "folder")
-        settings = [
-            *study.set,
-            *overrides,
-            f"run.name={name}",
-            f"run.folder={study.home}",
-            f"run.seed={seed}",
-            "run.keep_checkpoints=1",
-            "tracking.register_models=false",
-            *tags,
-        ]
-        command = [*(study.launch.program or launcher(study.launch.ranks)), "--config", str(study.base)]
-        command += [word for setting in settings for word in ("--set", setting)] + ["--resume", "auto"]
-        log = study.home / f"{name}.log"
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                [sys.executable, str(Path(guard.__file__)), str(study.home / f".{name}.lock"), *command],
+    def of(cls, study: Study, *, name: str, overrides: list[str], seed: int) -> "TrialRun":
+        """The run of that name in the study's folder, not started."""
+        own = [f"run.name={name}", f"run.folder={study.home}", f"run.seed={seed}", *FIXED]
+        return cls(study.home / name, [*study.set, *overrides, *own], study)
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def start(self, slot: Slot, tags: list[str]) -> None:
+        """Start it or go on with it. tags: settings that only name it."""
+        home, launch = self.study.home, self.study.launch
+        make_folder(home, "folder")
+        words = [*(launch.program or launcher(launch.ranks)), "--config", str(self.study.base_copy)]
+        words += [word for setting in [*self.settings, *tags] for word in ("--set", setting)] + ["--resume", "auto"]
+        lock = home / f".{self.folder.name}.lock"
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(guard.__file__)), str(lock), *words],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=slot.environment(),
                 start_new_session=True,
             )
-        return cls(study.home / name, command, log, process)
 
     def code(self) -> int | None:
         """Exit code; None while it goes on."""
@@ -97,8 +101,25 @@ class TrialRun:
             self.process.stdin.close()
         self.process.wait(STOP_S)
 
+    def finish(self) -> None:
+        """Note that it ended well, so that it is never run again, and drop its checkpoints."""
+        write_atomic(self.folder / DONE, json.dumps(self.settings) + "\n")
+        clear_checkpoints(self.folder)
+
+    def is_done(self) -> bool:
+        """Whether it has ended well before, with these very settings."""
+        stamp = self.folder / DONE
+        return stamp.exists() and json.loads(stamp.read_text()) == self.settings
+
     def last_words(self) -> str:
         """What the run said last on its log: its error line, where it had one."""
+        if (code := self.code()) is not None and not 0 <= code < 128:
+            return f"killed by signal {code - 128 if code > 0 else -code}; out of memory, if nobody did it"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove what only a resume would need, a trial's largest part."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

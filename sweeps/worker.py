@@ -7,12 +7,11 @@ Every trial ends told: complete, pruned (by the pruner, by its time, by NaN) or 
 
 import math
 import os
-import shutil
 import signal
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,9 +26,9 @@ from sweeps import metrics, spaces, storages
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
 from sweeps.storages import Answer
-from sweeps.trial import Slot, TrialRun
+from sweeps.trial import Slot, TrialRun, clear_checkpoints
 
-GLANCE_S = 0.25
+GLANCE_S, WATCH_S = 0.25, 1.0
 STOPPED = "stopped"
 MOST_FAILURES = 3  # trials in a row, before any has succeeded
 
@@ -71,17 +70,20 @@ class Worker:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.optuna_study, self.study.budget.trials)
+        return Ledger(self.optuna_study, self.study.trials)
 
     def work(self) -> None:
         """Run trials until there is none to start. Raises Interrupted when told to stop, TrialsFail to stop all."""
         while True:
             self.check_stop()
             self.on_storage(self.ledger.recover)
-            if (self.deadline is not None and time.monotonic() > self.deadline) or not self.on_storage(
-                self.ledger.room
+            if not self.on_storage(self.ledger.open) or (
+                self.deadline is not None and time.monotonic() > self.deadline
             ):
                 return
+            if not self.on_storage(self.ledger.room):
+                time.sleep(WATCH_S)  # the last trials run elsewhere, and may be left behind there
+                continue
             trial = self.on_storage(self.ask)
             if self.on_storage(lambda trial=trial: self.ledger.claim(trial)):
                 self.run(trial)
@@ -97,7 +99,7 @@ class Worker:
         """One trial from its settings to its end in the storage."""
         started = time.monotonic()
         overrides = self.on_storage(lambda: spaces.suggest(trial, self.study.space))
-        name = f"trial-{trial.user_attrs.get('run', trial.number):04d}"
+        name = run_name(trial)
         facts = {"folder": str(self.study.home / name), "overrides": overrides}
         self.on_storage(lambda: [trial.set_user_attr(key, value) for key, value in facts.items()])
         logs = f"{facts['folder']}{'.log' if self.study.seeds == 1 else '-seed-*.log'}"
@@ -124,7 +126,10 @@ class Worker:
         for index in range(study.seeds):
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
             folder = self.follow(trial, one, overrides, study.seed + index, started)
-            rows.append([metrics.final(folder, objective.metric) for objective in study.objectives])
+            found = {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
+            if bad := [f"{metric} = {value}" for metric, value in found.items() if not math.isfinite(value)]:
+                raise Pruned(", ".join(bad))
+            rows.append(list(found.values()))
             if study.seeds > 1 and len(study.objectives) == 1:
                 self.on_storage(lambda index=index: trial.report(rows[-1][0], index))
                 if index + 1 < study.seeds and self.on_storage(trial.should_prune):
@@ -133,17 +138,19 @@ class Worker:
 
     def follow(self, trial: optuna.Trial, name: str, overrides: list[str], seed: int, started: float) -> Path:
         """Run one training to its end; returns its folder. Raises Pruned, Failed or Cut, with nothing left running."""
-        run = TrialRun.start(
-            self.study, name=name, overrides=overrides, seed=seed, slot=self.slot, tags=self.tags(trial)
-        )
+        run = TrialRun.of(self.study, name=name, overrides=overrides, seed=seed)
+        if run.is_done():
+            list(self.report(trial, self.stream(run, overrides), set()))
+            return run.folder
+        run.start(self.slot, self.tags(trial))
         try:
             self.watch(trial, run, overrides, started)
         finally:
             run.stop()
-        self.remember_run(trial, run.folder)
+            self.remember_run(trial, run.folder)
         code = run.code()
         if code == 0:
-            clear_checkpoints(run.folder)
+            run.finish()
             return run.folder
         if code == NUMERICAL:
             raise Pruned(run.last_words())
@@ -151,17 +158,11 @@ class Worker:
 
     def watch(self, trial: optuna.Trial, run: TrialRun, overrides: list[str], started: float) -> None:
         """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
-        head_start = config.load(self.study.base, [*self.study.set, *overrides]).teacher.head_start
-        stream = metrics.MetricsStream(run.folder / "metrics.jsonl", head_start)
-        single = len(self.study.objectives) == 1 and self.study.seeds == 1
-        beaten, seen, limit = time.monotonic(), set(), self.study.budget.trial_minutes
+        stream, seen = self.stream(run, overrides), set()
+        beaten, limit = time.monotonic(), self.study.budget.trial_minutes
         while True:
             over = run.code() is not None
-            for step, value in stream.new(self.study.objectives[0].metric) if single else ():
-                if step in seen or not math.isfinite(value):
-                    continue
-                seen.add(step)
-                self.on_storage(lambda step=step, value=value: trial.report(value, step))
+            for step in self.report(trial, stream, seen):
                 if not over and self.study.pruner.kind in PRUNERS_ON_STEPS and self.on_storage(trial.should_prune):
                     raise Pruned(f"step {step}")
             if over:
@@ -175,6 +176,21 @@ class Worker:
                 raise Cut
             time.sleep(GLANCE_S)
 
+    def stream(self, run: TrialRun, overrides: list[str]) -> metrics.MetricsStream:
+        """What the run writes, from its students' first step."""
+        head_start = config.load(self.study.base_copy, [*self.study.set, *overrides]).teacher.head_start
+        return metrics.MetricsStream(run.folder / "metrics.jsonl", head_start)
+
+    def report(self, trial: optuna.Trial, stream: metrics.MetricsStream, seen: set[int]) -> Iterator[int]:
+        """Tell the storage of new values, one run and one objective only; the steps it was told of."""
+        if len(self.study.objectives) > 1 or self.study.seeds > 1:
+            return
+        for step, value in stream.new(self.study.objectives[0].metric):
+            if step not in seen and math.isfinite(value):
+                seen.add(step)
+                self.on_storage(lambda step=step, value=value: trial.report(value, step))
+                yield step
+
     def failed(self, trial: optuna.Trial, error: Failed) -> None:
         """A run that failed by itself: this trial's own fault, or one that all trials would meet."""
         frozen = next(t for t in self.on_storage(self.optuna_study.get_trials) if t.number == trial.number)
@@ -182,7 +198,7 @@ class Worker:
         if error.code == ENVIRONMENT:
             self.on_storage(lambda: self.ledger.pause(trial))
             self.stop_all(line, ENVIRONMENT)
-        from_outside = error.code >= 128 or error.code in (0, Interrupted.exit_code)
+        from_outside = not 0 < error.code < 128 or error.code == Interrupted.exit_code
         if from_outside and self.on_storage(lambda: self.ledger.retry(frozen, died=True)):
             return
         self.tell(trial, TrialState.FAIL, why=str(error))
@@ -190,13 +206,17 @@ class Worker:
         failures = [t for t in ended if t.state == TrialState.FAIL]
         sound = any(t.state != TrialState.FAIL for t in ended)
         if frozen.user_attrs.get("defaults") or (len(failures) >= MOST_FAILURES and not sound):
-            self.stop_all(line, error.code)
+            self.stop_all(line, ENVIRONMENT if from_outside else error.code)
 
     def tell(self, trial: optuna.Trial, state: TrialState, values: list[float] | None = None, why: str = "") -> None:
         """End a trial in the storage; one that another worker ended meanwhile stays as it is."""
         if why:
             self.on_storage(lambda: trial.set_user_attr("why", why))
-        self.on_storage(lambda: self.optuna_study.tell(trial.number, values, state=state, skip_if_finished=True))
+        told = self.on_storage(lambda: self.optuna_study.tell(trial.number, values, state=state, skip_if_finished=True))
+        if "lost" not in told.user_attrs:  # else another worker goes on with its runs
+            name = run_name(trial)
+            for folder in (self.study.home / name, *self.study.home.glob(f"{name}-seed-*")):
+                clear_checkpoints(folder)
 
     def stop_all(self, line: str, code: int) -> None:
         """Raise TrialsFail here, and have the workers of every other machine stop too."""
@@ -240,14 +260,14 @@ class Worker:
             return
         word = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[mine.state]
         numbers = " ".join(f"{value:.4g}" for value in mine.values or ()) or f"{word}: {mine.user_attrs.get('why', '')}"
-        place = f"{len(ended)}/{self.study.budget.trials}"
+        place = f"{len(ended)}/{self.study.trials}"
         words = "  ".join(mine.user_attrs["overrides"])
         print(f"trial {trial.number} ({place})  {numbers}  {seconds:.0f} s  {words}", flush=True)
 
 
-def clear_checkpoints(folder: Path) -> None:
-    """Remove what only a resume would need, a trial's largest part."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+def run_name(trial: optuna.Trial) -> str:
+    """What the runs of a trial, and of those it takes the place of, are called."""
+    return f"trial-{trial.user_attrs.get('run', trial.number):04d}"
 
 
 def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers: Connection) -> None:

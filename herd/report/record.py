@@ -76,7 +76,10 @@ class Record:
 
     @property
     def planned_steps(self) -> int | None:
-        return self.config.get("run", {}).get("steps")
+        """The students' steps, after those of the teacher's head start."""
+        steps = self.config.get("run", {}).get("steps")
+        ahead = self.config.get("teacher", {}).get("head_start", 0) if self.teacher_mode == "codistill" else 0
+        return None if steps is None else steps + ahead
 
     def column(self, key: str) -> Series:
         """A logged number over time; empty where it was never logged, NaN where it was not a number."""

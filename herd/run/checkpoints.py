@@ -174,6 +174,21 @@ def prune(run_folder: Path, *, keep: int) -> None:
         shutil.rmtree(trash)
 
 
+def set_aside_later(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints of steps after the one a run goes on from; rank 0 does it. Returns the new paths.
+
+    Left in place they would be taken for the newest, and what is saved from here on pruned as the older.
+    """
+    moved = []
+    for later in all_folders(checkpoint.parents[1]):
+        if step_of(later) > step_of(checkpoint):
+            moved.append(later.with_name(f"set_aside_{later.name}"))
+            if moved[-1].exists():
+                shutil.rmtree(moved[-1])
+            later.rename(moved[-1])
+    return moved
+
+
 def clean(run_folder: Path) -> None:
     """Remove what killed saves and deletions left; rank 0 calls it before a run starts."""
     for path in (run_folder / FOLDER).glob(".step_*"):

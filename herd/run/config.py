@@ -91,7 +91,9 @@ def diff(old: Config, new: Config) -> list[str]:
 
 def blocking_changes(old: Config, new: Config) -> list[str]:
     """The lines of `diff` that a resumed run must not have: they would change what it computes."""
-    return [line for path, line in _differences(old, new) if not any(_under(path, rule) for rule in FREE_TO_CHANGE)]
+    steered = new.loss.weighting.kind == "slope"  # by held-out losses: when they are taken changes what is computed
+    free = [rule for rule in FREE_TO_CHANGE if not (steered and rule == ("run", "evaluate_every"))]
+    return [line for path, line in _differences(old, new) if not any(_under(path, rule) for rule in free)]
 
 
 def _under(path: tuple[str, ...], rule: tuple[str, ...]) -> bool:

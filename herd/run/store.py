@@ -16,7 +16,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import herd
 from herd.run.errors import ConfigError, EnvironmentFault
@@ -61,8 +61,10 @@ def artifact_root(uri: str) -> str | None:
 
 def shown(uri: str) -> str:
     """`uri` fit for a terminal or a file: without user name and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+    scheme, separator, rest = uri.partition("://")
+    if not separator or rest.startswith("/") or "@" not in rest:
+        return uri
+    return f"{scheme}://{rest.rpartition('@')[2]}"  # a password may hold anything, slashes too
 
 
 @contextmanager

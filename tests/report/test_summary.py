@@ -43,6 +43,11 @@ def test_a_stopped_run_says_where_and_falls_back_on_training_losses(tmp_path: Pa
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[99])
     assert f"At the last held-out check (step 100) the teacher reaches {last['heldout/teacher']:.3f} nats" in text
     assert "Not known from this run folder: final evaluations." in text
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(
+        config.replace("steps: 400", "steps: 100").replace("mode: codistill", "mode: codistill\n  head_start: 60")
+    )
+    assert "160 were planned, so it was interrupted" in words(folder)
 
 
 def test_missing_controls_are_admitted(tmp_path: Path) -> None:

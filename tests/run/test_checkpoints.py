@@ -150,6 +150,18 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert checkpoints.latest_step(tmp_path) == 1_000_000
 
 
+def test_later_checkpoints_than_the_one_gone_on_from_are_set_aside_and_never_taken_for_the_newest(
+    tmp_path: Path,
+) -> None:
+    for step in (5, 40, 300):
+        save(tmp_path, step)
+    moved = checkpoints.set_aside_later(tmp_path / "checkpoints" / "step_000005")
+    assert [path.name for path in moved] == ["set_aside_step_000040", "set_aside_step_000300"]
+    save(tmp_path, 30)
+    checkpoints.prune(tmp_path, keep=1)
+    assert checkpoints.latest_step(tmp_path) == 30 and all(path.is_dir() for path in moved)
+
+
 def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
     save(tmp_path, 1)
     for name in (".step_000002.tmp", ".step_000001.old", ".step_000000.trash", ".mine", "step_notes"):

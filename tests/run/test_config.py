@@ -392,6 +392,10 @@ def test_a_diff_shows_every_change_and_a_resume_refuses_only_what_is_computed_ot
     blocking = config.blocking_changes(old, new)
     assert blocking == [line for line in changes if line.startswith(("optim.lr", "students.scout.overrides"))]
     assert config.blocking_changes(old, config.load(path, ["run.steps=11"])) == ["run.steps: 10 -> 11"]
+    steered, sooner = (
+        config.load(path, ["run.steps=90", "loss.weighting={kind: slope}", f"run.evaluate_every={n}"]) for n in (4, 5)
+    )
+    assert config.blocking_changes(steered, sooner) == ["run.evaluate_every: 4 -> 5"]  # held-out losses move its weight
     added = config.blocking_changes(old, config.load(path, ["students.tiny.source=scout-nano"]))
     assert "students.tiny.source: (absent) -> scout-nano" in added
 

@@ -53,6 +53,7 @@ def test_what_is_no_store_is_refused_in_one_line_before_training(tmp_path, uri):
 def test_a_password_in_a_uri_is_not_shown():
     assert shown("https://me:secret@host:5000/x") == "https://host:5000/x"
     assert shown("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    assert shown("postgresql://me:pa/ss@host/x") == "postgresql://host/x"
 
 
 @pytest.fixture(scope="module")

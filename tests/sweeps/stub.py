@@ -1,8 +1,8 @@
 """A stand-in for a training run: the same flags, the same files, a known optimum, and no training.
 
 Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step;
-STUB_FAIL=CODE ends with that code; every start is a line in `starts` beside the run folders. Goes on from what
-metrics.jsonl holds. Reads its few settings itself: to import the schema costs ten times as much.
+STUB_FAIL=CODE ends with that code and STUB_NAN with a loss that is none, with STUB_SEED for that seed alone; every
+start is a line in `starts` beside the run folders. Goes on from what metrics.jsonl holds.
 """
 
 import json
@@ -24,7 +24,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "starts").open("a") as file:
         file.write(f"{folder.name}\n")
-    if code := os.environ.get("STUB_FAIL"):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "mlflow.json").write_text(json.dumps({"runs": {"main": f"mlflow-{folder.name}"}}))
+    chosen = os.environ.get("STUB_SEED", sets["run.seed"]) == sets["run.seed"]
+    if (code := os.environ.get("STUB_FAIL")) and chosen:
         print("error: the stub was told to fail", file=sys.stderr)
         return int(code)
     path = folder / "metrics.jsonl"
@@ -33,7 +36,8 @@ def main() -> int:
     with path.open("a") as file:
         for step in range(done + 1, int(sets["run.steps"]) + 1):
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-            record = {"step": step, "heldout/scout": floor + 1 / step, "pid": os.getpid()}
+            loss = math.nan if chosen and "STUB_NAN" in os.environ else floor + 1 / step
+            record = {"step": step, "heldout/scout": loss, "pid": os.getpid()}
             file.write(json.dumps(record) + "\n")
             file.flush()
     Path(folder / "done").touch()

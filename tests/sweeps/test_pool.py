@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from optuna.trial import TrialState
 
 import sweeps
 from herd.run.errors import ConfigError
-from sweeps import Range, storages
+from sweeps import Range, checks, spaces, storages
 from sweeps.__main__ import describe
 from sweeps.ledger import Ledger
 from sweeps.worker import TrialsFail
@@ -64,6 +65,8 @@ def test_bad_trials_are_cut_early_and_cost_fewer_steps(tmp_path, monkeypatch):
         assert not (trial.folder / "done").exists()
         last = json.loads((trial.folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["step"] < 6 and not psutil.pid_exists(last["pid"])
+        assert trial.mlflow_run_id == f"mlflow-{trial.folder.name}"
+    assert not list(study.home.glob("*/checkpoints"))  # of trials that are over, however they ended
 
 
 def test_halving_ends_trials_at_its_rungs_counted_from_where_the_students_start(tmp_path, monkeypatch):
@@ -122,6 +125,52 @@ def test_a_dry_run_says_how_far_a_study_is_and_refuses_another_one_of_its_name(t
     assert "goes on   2 of 2 trials have ended" in describe(study)
     with pytest.raises(ConfigError, match="another one"):
         describe(studies.make(tmp_path, seed=1))
+
+
+def test_a_base_whose_runs_are_killed_stops_the_study_after_three_tries(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FAIL", "137")
+    study = studies.make(tmp_path, budget={"trials": 50})
+    with pytest.raises(TrialsFail, match="killed by signal 9; out of memory") as caught:
+        sweeps.run(study)
+    assert caught.value.exit_code == 3
+    assert (study.home / "starts").read_text().split() == ["trial-0000"] * 3
+
+
+def test_a_run_that_ends_well_with_a_loss_that_is_none_is_pruned(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_NAN", "1")
+    result = sweeps.run(studies.make(tmp_path, budget={"trials": 2}))
+    assert [(trial.state, trial.why) for trial in result.trials] == [("pruned", "heldout/scout = nan")] * 2
+
+
+def test_a_repeat_that_fails_is_left_out_and_alone_runs_again(tmp_path, monkeypatch):
+    space = {"optim.lr": Range(low=0.003, high=0.004, step=0.001)}
+    study = studies.make(tmp_path, space=space, sampler={"kind": "grid"}, repeats={"seeds": 3})
+    monkeypatch.setenv("STUB_FAIL", "5")
+    monkeypatch.setenv("STUB_SEED", "1001")
+    result = sweeps.run(study)
+    assert result.repeats["pairs"] == 2 and result.repeats["values"]["best"][1] is None
+    assert "over 2 fresh seeds" in (study.home / "report.html").read_text()
+    monkeypatch.delenv("STUB_FAIL")
+    assert sweeps.run(study).repeats["pairs"] == 3
+    counts = Counter((study.home / "starts").read_text().split())
+    assert {name for name, count in counts.items() if count > 1} == {
+        "repeat-best-0001-seed-1001",
+        "repeat-defaults-0001-seed-1001",
+    }
+    assert len(counts) == 2 + 6  # a grid of two points has two trials, whatever the budget
+
+
+def test_a_command_waits_for_the_trials_of_other_machines_and_takes_up_those_they_leave(tmp_path):
+    study = studies.make(tmp_path, budget={"trials": 2})
+    found = storages.open_study(study, checks.check(study))
+    ledger, elsewhere = Ledger(found, 2), found.ask(spaces.distributions(study.space))
+    assert ledger.claim(elsewhere)
+    elsewhere.set_user_attr("owner", "elsewhere 1 0.00")
+    later = threading.Timer(6, lambda: ledger.pause(elsewhere))
+    later.start()
+    result = sweeps.run(study)
+    assert not later.is_alive()
+    assert [trial.state for trial in result.trials] == ["complete"] * 2 and result.default is not None
 
 
 def test_an_objective_no_run_reports_is_named_with_what_there_is(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 
-import optuna
 import pytest
 from optuna.trial import create_trial
 
@@ -10,8 +9,9 @@ from distill.transferred import transferred_of
 from herd.llama4.specs import SPECS
 from herd.llama4.transfer import Horizon, scales
 from herd.run import config, config_text
+from herd.run.errors import ConfigError
+from sweeps import Objective, annotated, scale, scaling, storages
 from sweeps import __main__ as command
-from sweeps import annotated, scale, scaling
 from sweeps.settings import Choices, Range
 from tests.sweeps import studies
 
@@ -25,13 +25,18 @@ SPACE = {
 }
 
 
-def ran(folder, **changes):
-    """A study over the nano herd whose only trial found FOUND."""
-    settings = {"base": studies.ROOT / "configs" / "nano.yaml", "set": [], "space": SPACE} | changes
+def ran(folder, found=FOUND, values=((4.5,),), **changes):
+    """A study over the nano herd whose trials found the same."""
+    settings = {
+        "base": studies.ROOT / "configs" / "nano.yaml",
+        "set": [],
+        "space": SPACE,
+        "enqueue_defaults": False,
+    } | changes
     study = studies.make(folder, **settings)
-    study.home.mkdir(parents=True)
-    found = optuna.create_study(storage=study.storage_url, study_name=study.name, direction="minimize")
-    found.add_trial(create_trial(value=4.5, user_attrs={"overrides": FOUND, "folder": str(folder)}))
+    made = storages.open_study(study, config.load(study.base, study.set))
+    for some in values:
+        made.add_trial(create_trial(values=list(some), user_attrs={"overrides": found, "folder": str(folder)}))
     return study
 
 
@@ -85,6 +90,37 @@ def test_an_exponent_is_the_fits_only_where_the_check_rules_out_the_assumed_one(
     assert (fit.rules["horizon_exponent"], fit.notes["horizon_exponent"]) == (kept, why)
 
 
+def test_a_model_is_carried_from_the_one_of_its_name_and_lists_and_sections_as_they_are(tmp_path):
+    students = "students={a: {source: scout-nano, lr: 0.001}, b: {source: scout-nano}}"
+    found = ["students.b.lr=0.009", "loss.features.0.weight=0.3", "loss.weighting.peak=0.7"]
+    space = {
+        "students.b.lr": Range(low=1e-3, high=1e-2, log=True),
+        "loss.features.0.weight": Range(low=0.1, high=1.0),
+        "loss.weighting.peak": Range(low=0.5, high=0.9),
+    }
+    sets = [students, "loss.features=[{kind: hidden}]", "loss.weighting={kind: lead}"]
+    big = tmp_path / "big.yaml"
+    source = (studies.ROOT / "configs" / "scout.yaml").read_text()
+    tree = config_text.parse(source)
+    tree["students"] = {"b": {"source": "scout"}}
+    tree["loss"] = {"features": [{"kind": "hidden"}], "weighting": {"kind": "lead"}}
+    big.write_text(config_text.write(tree))
+    scale.write(ran(tmp_path, found=found, space=space, set=sets), big, tmp_path / "out.yaml")
+    made = config.load(tmp_path / "out.yaml")
+    assert (made.students["b"].lr, made.loss.features[0].weight, made.loss.weighting.peak) == (0.009, 0.3, 0.7)
+
+
+def test_several_best_trials_want_a_choice(tmp_path):
+    two = [Objective(metric="heldout/scout"), Objective(metric="evals/maverick/parameters")]
+    study = ran(tmp_path, objectives=two, values=([4.5, 9.0], [4.6, 8.0]))
+    with pytest.raises(ConfigError, match="several trials are best, each in its way; give --trial, one of 0, 1"):
+        scale.write(study, BIG, tmp_path / "big.yaml")
+    scale.write(study, BIG, tmp_path / "big.yaml", trial=1)
+    assert "trial 1 of stubbed" in (tmp_path / "big.yaml").read_text()
+    with pytest.raises(ConfigError, match="--trial 7: no complete trial of stubbed; the best is 0"):
+        scale.write(study, BIG, tmp_path / "big.yaml", trial=7)
+
+
 def failing(capsys, words) -> str:
     assert command.main(["scale", *words]) in (2, 4)
     (line,) = capsys.readouterr().err.splitlines()
@@ -101,8 +137,7 @@ def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
     fresh = studies.make(tmp_path / "fresh", base=studies.ROOT / "configs" / "nano.yaml")
     from_fresh = ["--from", yaml_of(fresh, tmp_path), "--to", str(BIG)]
     assert "no such study in sqlite" in failing(capsys, from_fresh)
-    fresh.home.mkdir(parents=True)
-    optuna.create_study(storage=fresh.storage_url, study_name=fresh.name)
+    storages.open_study(fresh, config.load(fresh.base, fresh.set))
     assert "no trial is complete yet" in failing(capsys, from_fresh)
     only_scout = ran(tmp_path / "scout", set=["students={scout: {source: scout-nano}}"])
     line = failing(capsys, ["--from", yaml_of(only_scout, tmp_path), "--to", str(BIG)])
@@ -111,7 +146,10 @@ def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
         capsys, ["--from", yaml_of(ran(tmp_path / "ran"), tmp_path), "--to", str(BIG), "--fit", "absent.json"]
     )
     assert "--fit absent.json: no such file" in line
-    to = ["--from", yaml_of(ran(tmp_path / "again"), tmp_path), "--to", str(BIG)]
+    again = ran(tmp_path / "again")
+    assert command.main(["scale", "--from", yaml_of(again, tmp_path), "--to", str(BIG), "--set", "seed=3"]) == 2
+    assert "is another one:\n  seed: -0\n  seed: +3" in capsys.readouterr().err
+    to = ["--from", yaml_of(again, tmp_path), "--to", str(BIG)]
     assert f"--out: {BIG} is a file, not a folder" in failing(capsys, [*to, "--out", str(BIG / "big.yaml")])
     assert "a folder; name the file to write" in failing(capsys, [*to, "--out", str(tmp_path)])
     assert "absent.yaml: no such file; --to takes" in failing(capsys, [*to[:3], "absent.yaml"])

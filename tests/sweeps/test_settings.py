@@ -35,6 +35,7 @@ def write(folder: Path, text: str) -> Path:
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nbugdet: {trials: 3}", "bugdet: unknown; did you mean budget?"),
         ("space: {optim.lr: {choices: [1e-3]}}", "of length 2 or more"),
         ("space: {}", "of length 1 or more"),
+        ("space: {run.seed: {low: 0, high: 9}}", "space.run.seed is set by the study itself"),
         ("space: {batch.rows: {low: 2, high: 8, step: 7}}", "step = 7 leads beyond high = 8 at once; use 6 or less"),
         ("space: {batch.rows: {low: 2, high: 8, step: 0.5}}", "write low and high with a point, or a whole step"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nstorage: foo://x", "foo://x is no storage; use sqlite:///FILE"),
@@ -146,8 +147,9 @@ def test_defaults_outside_the_space_are_no_trial(tmp_path):
     assert spaces.defaults(checks.check(study), study.space) is None
 
 
-def test_a_grid_has_every_point_once(tmp_path):
-    ranges = "{batch.rows: {low: 2, high: 6, step: 2}, optim.clip: {low: 0.5, high: 1.0, step: 0.25}}"
+def test_a_grid_has_every_point_once_as_it_is_written(tmp_path):
+    ranges = "{batch.rows: {low: 2, high: 6, step: 2}, optim.clip: {low: 0.1, high: 0.3, step: 0.1}}"
     text = f"space: {ranges}\nsampler: {{kind: grid}}"
     study = settings.load(write(tmp_path, text))
-    assert spaces.grid(study.space) == {"batch.rows": [2, 4, 6], "optim.clip": [0.5, 0.75, 1.0]}
+    assert spaces.grid(study.space) == {"batch.rows": [2, 4, 6], "optim.clip": [0.1, 0.2, 0.3]}
+    assert study.trials == 9

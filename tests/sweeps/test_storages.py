@@ -7,8 +7,9 @@ import optuna
 import pytest
 from pydantic import ValidationError
 
-from herd.run.errors import EnvironmentFault
-from sweeps import Range, spaces, storages
+from herd.run.errors import ConfigError, EnvironmentFault
+from sweeps import Range, checks, results, spaces, storages
+from sweeps.drivers import check_driver
 from sweeps.settings import Sampler
 from tests.sweeps import studies
 
@@ -46,6 +47,45 @@ def test_a_url_that_names_no_storage_is_refused_with_those_that_do(tmp_path, url
 def test_a_missing_driver_is_named(url, driver):
     with pytest.raises(EnvironmentFault, match=f"its driver is missing; pip install {driver}$"):
         storages.patiently(lambda: storages.open_storage(url), url)
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal:"])
+def test_a_file_that_is_no_storage_is_named_at_once_and_left_as_it_is(tmp_path, kind):
+    path = tmp_path / "notes.txt"
+    path.write_text("no storage at all, but somebody's notes\n")
+    with pytest.raises(ConfigError, match=r"notes.txt: the file is no"):
+        storages.open_storage(f"{kind}{path}")
+    assert path.read_text() == "no storage at all, but somebody's notes\n"
+
+
+def test_a_url_with_a_port_that_is_none_is_one_line_without_its_password():
+    with pytest.raises(ConfigError, match="no URL of a database") as caught:
+        check_driver("postgresql://me:secret@host:abc/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_first_trials_are_made_up_for_when_whoever_made_the_study_died_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(storages, "FIRST_TRIALS_S", 0.0)
+    study = studies.make(
+        tmp_path, space={"optim.lr": Range(low=0.002, high=0.005, step=0.001)}, sampler={"kind": "grid"}
+    )
+    found = optuna.create_study(storage=storages.open_storage(study.storage_url), study_name=study.name)
+    found.enqueue_trial({"optim.lr": 0.002})
+    for _ in range(2):
+        found = storages.open_study(study, checks.check(study))
+    points = [trial.system_attrs["fixed_params"]["optim.lr"] for trial in found.trials]
+    assert sorted(points) == [0.002, 0.003, 0.004, 0.005]
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_trials_are_ranked_from_the_best_on(tmp_path, direction):
+    objectives = [{"metric": "heldout/scout", "direction": direction}]
+    study = studies.make(tmp_path, objectives=objectives, enqueue_defaults=False)
+    found = storages.open_study(study, checks.check(study))
+    for value in (2.0, 1.0, 3.0):
+        found.add_trial(optuna.trial.create_trial(value=value))
+    ranked = [trial.values[0] for trial in results.read(study, found).ranked() if trial.values]
+    assert ranked == sorted(ranked, reverse=direction == "maximize") and len(ranked) == 3
 
 
 def test_a_storage_that_does_not_answer_is_asked_for_a_while_and_its_password_kept(monkeypatch):
