@@ -21,21 +21,22 @@ class MetricsStream:
     """
 
     def __init__(self, path: Path, head_start: int = 0) -> None:
-        self._path, self._head_start, self._offset = path, head_start, 0
+        self._path, self._head_start = path, head_start
+        self._offset, self._last = 0, b""
 
     def new(self, metric: str) -> Iterator[tuple[int, float]]:
         """(step, value) of every new line that has the metric."""
         if not self._path.exists():
             return
-        size = self._path.stat().st_size
-        if size < self._offset:  # a resumed run cuts off what its checkpoint does not know
-            self._offset = 0
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            # A resumed run cuts off what its checkpoint does not know, and may have written on since.
+            file.seek(self._offset - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._offset, self._last = file.seek(0), b""
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._offset += len(line)
+                self._offset, self._last = self._offset + len(line), line
                 record = _record(self._path, line)
                 step = int(record["step"]) - self._head_start
                 if _is_number(record.get(metric)) and step > 0:
