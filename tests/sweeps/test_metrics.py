@@ -43,5 +43,5 @@ def test_a_line_of_another_kind_is_shown_with_the_right_one(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{lines(1)}{line}\n")
     for read in (lambda: list(MetricsStream(path).new("loss")), lambda: final(tmp_path, "loss")):
-        with pytest.raises(ConfigError, match='no JSON object with a whole "step".*write {"step": 1'):
+        with pytest.raises(ConfigError, match=r'no JSON object with a whole "step".*write {"step": 1'):
             read()
