@@ -67,6 +67,8 @@ class Sender:
         self.journal = journal or Journal(folder)
         self.record = Record.load(folder, uri, experiment)
         self.client: Any = None  # mlflow.tracking.MlflowClient, imported on the first drain
+        self.started: set[str] = set()
+        """Runs that were started, or set running again, by this sender."""
         self._experiment_id: str | None = None
         self._params: dict[str, dict[str, str]] = {}
         self._well = False
@@ -205,6 +207,7 @@ class Sender:
             self._log(known.info.run_id, tags=tags)
             self.record.runs[event["run"]] = known.info.run_id
         self.record.save()
+        self.started.add(event["run"])
 
     def _find_run(self, key: str) -> Any:
         """The live MLflow run of `key`: by its id, else by the token that a creation with a lost answer left."""

@@ -57,11 +57,11 @@ class Worker(threading.Thread):
                 stopping, asked, urgent = self._stopping, self._asked, self._asked > self._tried
                 self._tried = asked
             now = time.monotonic()
-            if self._sampler and now >= self._next_sample:  # at the end too: a short run is to have one sample
+            if self._sampler and now >= self._next_sample:
                 self._sample(now)
             if stopping or urgent or now >= self._next_send:
                 self._send(asked)
-            if stopping:
+            if stopping and (self._sampler is None or self._next_sample):  # a short run is to have one sample too
                 return
 
     def _nap(self) -> float:
@@ -90,7 +90,7 @@ class Worker(threading.Thread):
             with self._state:
                 self._served = asked
                 self._state.notify_all()
-        if self.sender.client and not self._sampler:
+        if self._sample_to in self.sender.started and not self._sampler:
             self._sampler = Sampler()
 
     def _say(self, text: str) -> None:

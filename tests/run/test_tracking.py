@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from herd.run import tracking
 from herd.run.lineage import model_card, write_lineage
 from herd.run.store import prepare
 from herd.run.tracking import _key, flush, open_tracker
@@ -308,6 +309,19 @@ assert not {"mlflow", "torch", "sqlalchemy"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machine_is_sampled_once_the_run_is_there_and_not_before(tmp_path, uri, client, monkeypatch, capsys):
+    def late() -> dict[str, str]:
+        time.sleep(2.0)  # the worker has reached the store by then
+        return {}
+
+    monkeypatch.setattr(tracking, "_facts", late)
+    tracker = open_tracker(tmp_path / "run", experiment="late", run_name="late", uri=uri)
+    tracker.finish()
+    metrics = client.get_run(tracker.run_id).data.metrics
+    assert metrics["system/cpu_utilization_percentage"] >= 0.0
+    assert "refuses" not in capsys.readouterr().err
 
 
 @given(st.text(min_size=1) | st.text("/.a :", min_size=1) | st.text("/.a", min_size=240, max_size=260))
