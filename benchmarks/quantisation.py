@@ -81,9 +81,6 @@ def _torchao(algorithm: str, group: int) -> Row:
 ROWS = (
     Row("Meta absmax/8 g128", "ours", "absmax8", {"group_size": 128}, 128),
     *(_ours(method, 128) for method in ("rtn", "hqq", "awq", "gptq", "signround")),
-    Row(
-        "ours weighted gptq g128", "ours", "ours_weighted", {"scheme": "int4", "group_size": 128, "method": "gptq"}, 128
-    ),
     _ours("gptq", 128, "int4-asym"),
     *(_ours(method, 64) for method in ("rtn", "gptq")),
     *(_llmc(method, 128) for method in ("rtn", "awq", "gptq")),

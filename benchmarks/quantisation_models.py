@@ -79,6 +79,8 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     tables: dict[str, dict[str, Any]] = {}
     for model in (folder.resolve() for folder in options.model):
+        if not model.is_dir():
+            sys.exit(f"--model {model}: no such folder")
         table = tables[label(model)] = table_of(model, options)
         for name in options.only:
             for column, words in COLUMNS.items():
