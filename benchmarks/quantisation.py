@@ -122,6 +122,11 @@ def python_of(peer: str) -> Path:
     return Path(sys.executable) if peer == "ours" else ENVIRONMENTS / peer / "bin" / "python"
 
 
+def label(model: Path) -> str:
+    """A name of its own for every model: students of two runs may be called the same."""
+    return f"{model.parents[1].name}/{model.name}" if model.parent.name == "students" else model.name
+
+
 def prepare(model: Path, work: Path, rows: int) -> None:
     """The calibration rows of a model, from the part of its data that neither training nor evaluation reads."""
     if (work / "calibration.npy").exists():
@@ -177,7 +182,7 @@ def figures(row: Row, folder: Path) -> dict[str, Any]:
 
 def measure(model: Path, rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
     """All rows of one model."""
-    work = WORK / model.name
+    work = WORK / label(model)
     prepare(model, work, options.calibration_rows)
     for repeat in range(options.repeats):  # in rounds: a change in the machine's load meets all rows alike
         for row in rows:
@@ -209,16 +214,25 @@ def selected(words: list[str]) -> list[Row]:
     return [row for row in ROWS if any(word in row.name for word in words)]
 
 
+def show_kl(entry: dict[str, Any], column: str) -> str:
+    """A divergence, and its ratio to the baseline's, with their intervals; nothing where a dense model has none."""
+    if column not in entry:
+        return ""
+    low, high = entry[f"{column}_ci95"]
+    words = "  same routes " if column == "kl_same_routes" else ""
+    words += f"{entry[column]:.5f} [{low:.5f}, {high:.5f}]"
+    if f"{column}_ratio" in entry:
+        low, high = entry[f"{column}_ratio_ci95"]
+        words += f" x{entry[f'{column}_ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return words
+
+
 def show(entry: dict[str, Any]) -> str:
     """A line of the printed table."""
     if "error" in entry:
         return f"{entry['name']:30s} {entry['error']}"
-    low, high = entry["kl_ci95"]
-    ratio = ""
-    if "kl_ratio" in entry:
-        ratio = f"x{entry['kl_ratio']:.2f} [{entry['kl_ratio_ci95'][0]:.2f}, {entry['kl_ratio_ci95'][1]:.2f}]"
     return (
-        f"{entry['name']:30s} {entry['bits']:6.3f} bits  KL {entry['kl']:.5f} [{low:.5f}, {high:.5f}]  {ratio}"
+        f"{entry['name']:30s} {entry['bits']:6.3f} bits  KL {show_kl(entry, 'kl')}{show_kl(entry, 'kl_same_routes')}"
         f"  p99 {entry['kl_p99']:.4f}  top-1 {entry['top1_agreement']:.4f}  ppl {entry['perplexity']:.3f}"
         f"  {entry['cpu_seconds']:7.1f} s CPU  {entry['peak_rss'] / 2**20:.0f} MiB"
     )
@@ -245,9 +259,10 @@ def main() -> int:
     for model in options.model:
         if not model.is_dir():
             sys.exit(f"--model {model}: no such folder; the default comes from\n  {TRAINING}")
-        results[model.name] = measure(model.resolve(), selected(options.only), options)
-        print(f"{model.name}: KL, its ratio to ours gptq g128 (paired), 95 % over documents")
-        print("\n".join(show(entry) for entry in results[model.name]["table"]))
+        name = label(model.resolve())
+        results[name] = measure(model.resolve(), selected(options.only), options)
+        print(f"{name}: KL, its ratio to ours gptq g128 (paired), 95 % over documents")
+        print("\n".join(show(entry) for entry in results[name]["table"]))
     write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
     draw(results, FIGURE)
     return 0

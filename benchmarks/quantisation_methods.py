@@ -6,7 +6,7 @@ One rounding of one model is a noisy sample, so hidden channels are shuffled (wh
 and every method runs on every shuffle. KL is that of the bf16 models as they run; "same routes" is in fp32 with the
 unquantised model's routes, without tokens whose router was a toss-up. Writes results/quantisation_methods.json.
 
-N rows, T tokens, V vocabulary, E experts, M scored tokens.
+N rows, T tokens, V vocabulary, M scored tokens.
 """
 
 import argparse
@@ -14,16 +14,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from int4_scales import shuffle
-from torch import Tensor, nn
+from routes import routes
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 import quant
 from herd.data.streams import fixed_batches
@@ -36,29 +34,6 @@ from quant.loading import route_experts
 from quant.methods.names import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "quantisation_methods.json"
-
-
-@contextmanager
-def routes(model: nn.Module, record: list[Tensor], *, replay: bool) -> Iterator[None]:
-    """Note which experts [T, E] every router chooses, or make it choose what was noted."""
-    place = iter(record)
-
-    def hook(module: Llama4Router, inputs: tuple, output: tuple) -> tuple | None:
-        chosen_TE = torch.zeros_like(output[1], dtype=torch.bool)
-        chosen_TE.scatter_(1, output[1].topk(module.top_k, dim=1).indices, True)
-        if not replay:
-            record.append(chosen_TE)
-            return None
-        chosen_TE = next(place)
-        scores_TE = torch.where(chosen_TE, torch.sigmoid(output[1].float()).to(output[1].dtype), 0)
-        return scores_TE, output[1]
-
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, Llama4Router)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def log_probabilities(model: PreTrainedModel, rows_NT: Tensor) -> list[Tensor]:

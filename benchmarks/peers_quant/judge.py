@@ -2,7 +2,10 @@
 
     bench = Bench(model_folder, data, rows=128);  bench.judge(folder, group=128);  compare(table, bench, ...)
 
-Intervals are 95 %, bootstrapped over documents; those of differences and ratios are paired. G documents, M tokens.
+"Same routes" is the KL of a MoE in fp32 with the unquantised model's choice of experts: free of the luck of which
+tokens change expert. Intervals: 95 %, bootstrapped over documents, paired for differences and ratios.
+
+G documents, M tokens, K experts a token.
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from routes import routes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +42,14 @@ class Bench:
     @cached_property
     def _model(self) -> torch.nn.Module:
         return load_model(self._folder)
+
+    @cached_property
+    def _exact(self) -> tuple[torch.nn.Module, list[Tensor]]:
+        """The model in fp32, and which experts [T, K] it chooses, batch by batch and layer by layer."""
+        model, record = load_model(self._folder).float(), []
+        with routes(model, record, replay=False):
+            score_rows(model, self._rows)
+        return model, record
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -68,6 +80,21 @@ class Bench:
         with np.load(kept) as file:
             return dict(file)
 
+    @property
+    def has_routers(self) -> bool:
+        """Whether "same routes" says anything of its own."""
+        return any(FUSED.match(name) for name in self._tensors)
+
+    def same_routes(self, folder: Path) -> NDArray:
+        """Per-row sums of the KL in fp32 with the unquantised model's routes; kept like `scores`, which come first."""
+        kept, weights = folder / "same_routes.npy", folder / "model.safetensors"
+        if not kept.exists() or kept.stat().st_mtime_ns < weights.stat().st_mtime_ns:
+            exact, record = self._exact
+            made = load_model(folder).float()
+            with routes(made, record, replay=True):
+                np.save(kept, score_rows(made, self._rows, reference=exact).divergence.kl_N)
+        return np.load(kept)
+
     def judge(self, folder: Path, *, group: int | None) -> dict[str, Any]:
         """The figures of one row."""
         scores = self.scores(folder)
@@ -77,6 +104,10 @@ class Bench:
         figures |= {"top1_agreement": scores["agreed"].sum() / tokens}
         figures |= {"perplexity": math.exp(scores["nats"].sum() / tokens)}
         figures["kl_ci95"] = bootstrap_ratio(self.groups.sum(scores["kl"]), tokens_G)
+        if self.has_routers:
+            same_G = self.groups.sum(self.same_routes(folder))
+            figures["kl_same_routes"] = same_G.sum() / tokens
+            figures["kl_same_routes_ci95"] = bootstrap_ratio(same_G, tokens_G)
         figures["top1_agreement_ci95"] = bootstrap_ratio(self.groups.sum(scores["agreed"]), tokens_G)
         worse_G = self.groups.sum(scores["nats"] - scores["reference_nats"])
         figures["nats_difference"] = worse_G.sum() / tokens
@@ -112,15 +143,19 @@ def levels(weight_NK: Tensor, group: int) -> int:
 
 
 def compare(table: list[dict[str, Any]], bench: Bench, work: Path, keys: dict[str, str]) -> None:
-    """Add to every row the ratio of its KL to the baseline's, paired by document."""
+    """Add to every row the ratio of its KL to the baseline's, paired by document; of the KL by same routes as well."""
     if not (work / keys[BASELINE] / "scores.npz").exists():
         return
-    base_G = bench.groups.sum(bench.scores(work / keys[BASELINE])["kl"])
-    for entry in table:
-        if "error" not in entry:
-            kl_G = bench.groups.sum(bench.scores(work / keys[entry["name"]])["kl"])
-            entry["kl_ratio"] = kl_G.sum() / base_G.sum()
-            entry["kl_ratio_ci95"] = bootstrap_ratio(kl_G, base_G)
+    columns = {"kl": lambda folder: bench.scores(folder)["kl"]}
+    if bench.has_routers:
+        columns["kl_same_routes"] = bench.same_routes
+    for column, read in columns.items():
+        base_G = bench.groups.sum(read(work / keys[BASELINE]))
+        for entry in table:
+            if "error" not in entry:
+                kl_G = bench.groups.sum(read(work / keys[entry["name"]]))
+                entry[f"{column}_ratio"] = kl_G.sum() / base_G.sum()
+                entry[f"{column}_ratio_ci95"] = bootstrap_ratio(kl_G, base_G)
 
 
 def compare_codes(first: Path, second: Path, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -4,11 +4,15 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from benchmarks.peers_quant.protocol import kept_of, merge, split, unfuse
+from benchmarks.routes import routes
+from herd.llama4 import use_sparse_experts
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -22,6 +26,12 @@ def model() -> Llama4ForCausalLM:
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return Llama4ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def bench_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("quantisation_models")
 
 
 @pytest.fixture
@@ -72,3 +82,44 @@ def test_levels_are_counted_group_by_group(judge: ModuleType) -> None:
     weight_NK = torch.tensor([[0.0, 1.0, 1.0, -1.0, 5.0, 5.0, 5.0, 5.0]])
     assert judge.levels(weight_NK, 4) == 3
     assert judge.levels(weight_NK, 8) == 4
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_forced_routes_are_those_of_the_other_model(model: Llama4ForCausalLM, sparse: bool) -> None:
+    if sparse:
+        use_sparse_experts(model)
+    model.float()
+    ids_NT, noted = torch.randint(3, 64, (4, 7)), []
+    moe, hidden_TH = model.model.layers[1].feed_forward, torch.randn(14, 32)
+    with torch.no_grad():
+        with routes(model, noted, replay=False):
+            before = [model(part_NT).logits for part_NT in ids_NT.split(2)]
+        with routes(model, noted, replay=True):
+            again = [model(part_NT).logits for part_NT in ids_NT.split(2)]
+        assert all(map(torch.equal, before, again))
+        # Other tokens, whose own choice is another: the noted experts answer, with the scores of these tokens.
+        logits_TE = torch.nn.functional.linear(hidden_TH, moe.router.weight)
+        assert (logits_TE.argmax(1) != noted[0][:, 0]).any()
+        with routes(model, noted, replay=True):
+            forced_TH = moe(hidden_TH)[0]
+        expected_TH = moe.shared_expert(hidden_TH)
+        for t, expert in enumerate(noted[0][:, 0].tolist()):
+            gate_up_HG, down_IH = moe.experts.gate_up_proj[expert], moe.experts.down_proj[expert]
+            gate_I, up_I = (logits_TE[t, expert].sigmoid() * hidden_TH[t] @ gate_up_HG).chunk(2)
+            expected_TH[t] += torch.nn.functional.silu(gate_I) * up_I @ down_IH
+        assert torch.allclose(forced_TH, expected_TH, atol=1e-6)
+
+
+def test_the_mean_over_models_is_that_of_the_logarithms(bench_models: ModuleType) -> None:
+    ratios = [0.9, 1.1, 1.3]
+    expected = stats.ttest_1samp(np.log(ratios), 0).confidence_interval(0.95)
+    found = bench_models.mean_ratio(ratios)
+    assert found["ratio"] == pytest.approx(stats.gmean(ratios))
+    assert found["ratio_ci95"] == pytest.approx(list(np.exp(expected)))
+    assert bench_models.mean_ratio([0.9])["ratio_ci95"] is None
+
+
+def test_students_of_two_runs_have_names_of_their_own(bench_models: ModuleType) -> None:
+    names = {bench_models.label(Path("runs") / run / "students" / "scout") for run in ("a", "b")}
+    assert names == {"a/scout", "b/scout"}
+    assert bench_models.label(Path("models/scout")) == "scout"
