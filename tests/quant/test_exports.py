@@ -71,6 +71,8 @@ def test_quantisation_moves_the_logits_and_leaves_the_original_alone(models, exp
     again = quant.quantize(model, scheme="int4", group_size=32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (logits(model, tokens_BT) - logits(quantized.model, tokens_BT)).abs().max() > 0.01
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in again.tensors.values())
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in quantized.tensors.items())
 
 

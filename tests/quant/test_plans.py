@@ -93,6 +93,8 @@ def test_splitting_layers_that_servers_merge_is_refused(models, model, pattern, 
 def test_ignoring_everything_is_refused(models):
     with pytest.raises(ConfigError, match="no layer is left"):
         plan_of(models["llama"], ignore=("*",))
+    with pytest.raises(ConfigError, match="no layer is left"):
+        quant.quantize(models["llama"], allocation={"*": "fp8"}, ignore=("*",))
 
 
 def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allowed():

@@ -13,6 +13,7 @@ from quant.calibration.ledger import Ledger
 from quant.calibration.moments import measure
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.settings import Calibration
+from quant.calibration.tensors import CalibratedTensors
 from quant.calibration.walk import Block, Walk
 from quant.methods.awq import Awq
 from quant.methods.choice import make_method
@@ -149,6 +150,14 @@ def test_more_rows_are_drawn_until_experts_have_their_quota(folders, rows):
         calibration=Calibration(CalibrationRows(rows.tokens_NT.repeat(8, 1)), first=1, expert_tokens=500),
     )  # fmt: skip
     assert few.coverage()["summary"]["rows"] < more.coverage()["summary"]["rows"] <= 192
+
+
+def test_too_few_rows_are_refused_before_anything_is_run(models, rows):
+    source = open_source(models["llama"])
+    message = "--calibration-rows 8: 512 tokens in rows of 64, .*give --calibration-rows 16 or more"
+    with pytest.raises(ConfigError, match=message):
+        few = Calibration(rows, first=8)
+        CalibratedTensors(make_plan(source, Scheme.named("int4", 32)), source, make_method("gptq"), few)
 
 
 def test_an_export_holds_the_coverage_and_says_how_it_was_made(folders, rows, gate, tmp_path):
