@@ -101,7 +101,7 @@ VLLM_NAMES: dict[str, tuple[str, ...]] = {
 def architecture(config: PretrainedConfig) -> str:
     """Name of the model's class; DataError when config.json names none or one transformers lacks."""
     names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
+    if not isinstance(names, list) or len(names) != 1 or not hasattr(transformers, names[0]):
         raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}; {ADDING}")
     return names[0]
 

@@ -59,8 +59,9 @@ def export(
     lineage: facts for lineage.json and the model card (student, teacher, data_fingerprint, run_id, licence, ...).
     gate: a process that gates several exports (its imports cost seconds); by default one is started for this export.
     ConfigError when the folder exists or another command is making it, EnvironmentFault when the disk has no room,
-    DataError when the gate refuses; in all cases nothing is left at `path`. Layers that a calibrated method has finished are left beside it
-    (`quant.target.finished_layers`) unless the gate refuses: the same call goes on from them.
+    DataError when the gate refuses; in all cases nothing is left at `path`. Layers that a calibrated method has
+    finished are left beside it (`quant.target.finished_layers`) unless the gate refuses: the same call goes on from
+    them.
     """
     final = Path(path).absolute()
     check_target(final)

@@ -15,7 +15,6 @@ from typing import IO
 
 from herd.run.errors import ConfigError
 
-
 REPORT = "gate.json"
 LOCK = "lock"
 

@@ -146,6 +146,24 @@ def test_fused_experts_in_matrices_are_refused_and_mambas_decays_are_not():
             check_layout(DbrxForCausalLM(dbrx))
 
 
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"hidden_size": "abc"}, "'hidden_size'.*expected int, got str"),
+        ({"num_attention_heads": 7}, "hidden size .64. is not a multiple of the number of attention heads"),
+        ({"quantization_config": 5}, "cannot be read: 'int' object"),
+        ({"architectures": 7}, "architectures = 7; supported: "),
+    ],
+)
+def test_a_configuration_that_cannot_be_one_is_one_line(folders, tmp_path, change, line):
+    folder = copy(folders["llama"], tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(DataError, match=rf"config\.json.*{line}") as caught:
+        plan_of(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_quantised_folder_is_refused(folders, tmp_path):
     folder = copy(folders["llama"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
