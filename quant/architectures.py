@@ -144,7 +144,9 @@ def check_layout(skeleton: PreTrainedModel) -> None:
     }
     if strange:
         name = max(strange, key=strange.get)
-        raise ConfigError(f"{name}: fused experts (or other weights) of a layout unknown here; supported: {SUPPORTED}; {ADDING}")
+        raise ConfigError(
+            f"{name}: fused experts (or other weights) of a layout unknown here; supported: {SUPPORTED}; {ADDING}"
+        )
 
 
 def tied_names(model: nn.Module) -> set[str]:
