@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
 
 def export_lineage(options: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
     """Lineage of the export: the source's teacher, data and tokenizer, with the source as its student."""
-    inherited = ("teacher", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
+    inherited = ("teacher", "data_config", "data_fingerprint", "tokenizer_digest", "run_folder", "licence")
     facts = {key: source[key] for key in inherited if source.get(key) is not None}
     words = ["--model", str(options.model), *_scheme_words(options), "--out", str(options.out)]
     words += ["--method", options.method] if options.method != "rtn" else []

@@ -89,6 +89,8 @@ def allocate(choices: Mapping[str, str], names: Iterable[str]) -> tuple[Allocati
     the nearest), or a group nothing is said about.
     """
     groups = group_layers(names)
+    if not groups:
+        raise ConfigError("allocation: no layer is left to quantise; drop an --ignore pattern")
     labels: dict[str, str] = {}
     for pattern, label in choices.items():
         matched = [group for group in groups if group == pattern or fnmatchcase(group, pattern)]

@@ -23,6 +23,11 @@ LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 ADDING = "to add one, give quant/architectures.py its layers and names (docs/quantisation.md)"
 SUPPORTED = "Llama4ForCausalLM and any transformers causal LM whose experts, if any, are plain nn.Linear layers"
 
+# What has matrices that are quantised, or that stay in bf16 on purpose.
+KNOWN_OWNERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Llama4TextExperts)
+# Parameters of two dimensions that no input is multiplied with: Mamba's decays, the positions of a vision tower.
+TABLES = re.compile(r"\.(A_log|positional_embedding_vlm)$")
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -96,7 +101,7 @@ VLLM_NAMES: dict[str, tuple[str, ...]] = {
 def architecture(config: PretrainedConfig) -> str:
     """Name of the model's class; DataError when config.json names none or one transformers lacks."""
     names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
+    if not isinstance(names, list) or len(names) != 1 or not hasattr(transformers, names[0]):
         raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}; {ADDING}")
     return names[0]
 
@@ -130,12 +135,18 @@ def split_experts(model: PreTrainedModel) -> None:
 
 def check_layout(skeleton: PreTrainedModel) -> None:
     """Refuse fused experts of a layout this package does not know: they would silently stay unquantised."""
-    for name, parameter in skeleton.named_parameters():
-        owner = skeleton.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim == 3 and not isinstance(owner, Llama4TextExperts | nn.Conv1d):
-            raise ConfigError(
-                f"{name}: fused experts of a layout that is unknown here; supported: {SUPPORTED}; {ADDING}"
-            )
+    strange = {
+        name: parameter.numel()
+        for name, parameter in skeleton.named_parameters()
+        if parameter.ndim > 1
+        and not isinstance(skeleton.get_submodule(name.rpartition(".")[0]), KNOWN_OWNERS)
+        and not TABLES.search(name)
+    }
+    if strange:
+        name = max(strange, key=strange.get)
+        raise ConfigError(
+            f"{name}: fused experts (or other weights) of a layout unknown here; supported: {SUPPORTED}; {ADDING}"
+        )
 
 
 def tied_names(model: nn.Module) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from herd.run.errors import DataError, first_line
 from herd.run.files import sha256
 from quant.allocations import Allocation, group_layers
 from quant.architectures import (
@@ -209,9 +210,9 @@ def digest_stored(folder: Path) -> dict[str, str]:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of the files with weights and of config.json."""
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("config.json")])
-    return {path.name: sha256(path) for path in paths}
+    """sha256 of the files with weights, of their index and of config.json."""
+    patterns = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json")
+    return {path.name: sha256(path) for path in sorted(path for each in patterns for path in folder.glob(each))}
 
 
 def check_files(folder: Path) -> Iterator[Check]:
@@ -219,10 +220,16 @@ def check_files(folder: Path) -> Iterator[Check]:
     path = folder / "gate.json"
     if not path.is_file():
         return
-    wanted, found = json.loads(path.read_text())["files"], digest_files(folder)
+    try:
+        wanted = dict(json.loads(path.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}; copy it again") from error
+    found = digest_files(folder)
     changed = sorted(name for name in wanted if wanted[name] != found.get(name))
-    detail = f"{_few(changed)} differs from gate.json; copy it again" if changed else f"{len(wanted)} as in gate.json"
-    yield Check("files", not changed, detail)
+    faults = [f"{_few(changed)} differs from gate.json; copy it again"] if changed else []
+    if added := sorted(found.keys() - wanted.keys()):
+        faults.append(f"{_few(added)} is not in gate.json; remove it if it was added, else export again")
+    yield Check("files", not faults, "; ".join(faults) if faults else f"{len(wanted)} as in gate.json")
 
 
 def _describe(header: Header) -> str:

@@ -32,10 +32,9 @@ from quant.sections import section
 from quant.shards import SHARD_BYTES, write_shards
 from quant.sources import read_config
 from quant.streaming import stream_probe
-from quant.target import check_target, finished_layers, unfinished
+from quant.target import REPORT, check_target, finished_layers, making, unfinished
 from quant.tensor_files import TensorFiles
 
-REPORT = "gate.json"
 COVERAGE = "calibration.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -59,15 +58,19 @@ def export(
     tokenizer: saved with the model; a model quantised from a folder takes the folder's tokenizer files without it.
     lineage: facts for lineage.json and the model card (student, teacher, data_fingerprint, run_id, licence, ...).
     gate: a process that gates several exports (its imports cost seconds); by default one is started for this export.
-    ConfigError when the folder exists, EnvironmentFault when the disk has no room, DataError when the gate refuses;
-    in all three cases nothing is left at `path`. Layers that a calibrated method has finished are left beside it
-    (`quant.target.finished_layers`) unless the gate refuses: the same call goes on from them.
+    ConfigError when the folder exists or another command is making it, EnvironmentFault when the disk has no room,
+    DataError when the gate refuses; in all cases nothing is left at `path`. Layers that a calibrated method has
+    finished are left beside it (`quant.target.finished_layers`) unless the gate refuses: the same call goes on from
+    them.
     """
     final = Path(path).absolute()
     check_target(final)
     needed = quantized.plan.bytes_after + quantized.scratch_bytes + SIDE_FILES_BYTES
     require_space(final, needed, what=f"the export {final.name}")
-    with GateProcess() if gate is None else nullcontext(gate) as process:
+    with GateProcess() if gate is None else nullcontext(gate) as process, making(final):
+        if final.exists():  # made by another command meanwhile
+            shutil.rmtree(unfinished(final))
+            check_target(final)
         temporary = fresh_folder(unfinished(final) / "export")
         try:
             with disk_faults(final):
@@ -77,7 +80,7 @@ def export(
             keep = finished_layers(final).is_dir() and not isinstance(error, DataError)
             shutil.rmtree(temporary if keep else unfinished(final), ignore_errors=True)
             raise
-    shutil.rmtree(unfinished(final))
+        shutil.rmtree(unfinished(final))
     return report
 
 

@@ -111,14 +111,19 @@ def quantize(
         if calibration is None:
             raise ConfigError(f"method = {method}: needs calibration rows; give `calibration`, or use rtn or hqq")
         made = CalibratedTensors(plan, source, make_method(method), calibration)
-        tensors = made if folder else dict(made.items())
+        tensors = made if folder else _held(plan, made)
         scratch_bytes = made.scratch_bytes if calibration.work else 0
         return QuantizedModel(plan, tensors, source.generation, folder, method, made.coverage, scratch_bytes)
     if input_absmax is None and calibration is not None:
         input_absmax = partial(measure_ranges, plan, source, calibration)
     ranges = RangeBook(plan, source, input_absmax)
     tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
-    return QuantizedModel(plan, tensors if folder else dict(tensors.items()), source.generation, folder, method)
+    return QuantizedModel(plan, tensors if folder else _held(plan, tensors), source.generation, folder, method)
+
+
+def _held(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of them now; kept ones as copies, since those of a bf16 model are the model's own."""
+    return {name: tensor.clone() if name in plan.kept else tensor for name, tensor in tensors.items()}
 
 
 def plan_method(source: Source, chosen: Scheme | Mapping[str, str], method: str, *, ignore: Sequence[str] = ()) -> Plan:

@@ -102,14 +102,18 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 def read_section(content: dict[str, Any]) -> tuple[Allocation | None, list[str], str]:
     """The allocation and ignore list a `quantization_config` was written for; else None and what is wrong."""
     methods = {"compressed-tensors": COMPRESSED, "bitsandbytes": BITSANDBYTES, "fp8": FINE_GRAINED, "gguf": GGUF}
-    container = methods.get(content.get("quant_method"))
+    container = methods.get(str(content.get("quant_method")))
     if container is None:
         return None, [], "quantization_config describes no scheme of this package"
     key = {BITSANDBYTES: "llm_int8_skip_modules", FINE_GRAINED: "modules_to_not_convert"}.get(container, "ignore")
-    ignored = content.get(key) or []
+    ignored, groups = content.get(key) or [], content.get("config_groups") or {}
+    if not _are_names(ignored):
+        return None, [], f"quantization_config.{key} = {ignored!r} is no list of layers"
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        return None, [], f"quantization_config.config_groups = {groups!r} maps no groups to what they are"
     candidates = [Allocation.uniform(scheme) for scheme in _schemes(container)]
-    if container == COMPRESSED and len(content.get("config_groups") or {}) > 1:
-        allocation = _read_groups(content["config_groups"])
+    if container == COMPRESSED and len(groups) > 1:
+        allocation = _read_groups(groups)
         candidates = [] if allocation is None else [allocation]
     differing = {allocation: _differing(section(allocation, ignored), content) for allocation in candidates}
     if not differing:
@@ -127,11 +131,17 @@ def _read_groups(groups: dict[str, Any]) -> Allocation | None:
     parts: list[tuple[str, Scheme]] = []
     for group in groups.values():
         targets = group.get("targets") or [LINEAR]
+        if not _are_names(targets):
+            return None
         found = [scheme for scheme in _schemes(COMPRESSED) if _group(scheme, targets).model_dump(mode="json") == group]
         if not found:
             return None
         parts += [(target, found[0]) for target in targets]
     return Allocation(tuple(parts))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _differing(wanted: dict[str, Any], content: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -110,7 +111,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise DataError(f"{path} does not exist; --model takes a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except StrictDataclassError as error:  # which field on one line, what is wrong with it on the next
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 

@@ -2,17 +2,61 @@
 
 check_target(Path("exports/scout-int4"))           # not there yet
 unfinished(path)                                   # exports/.scout-int4.incomplete
+with making(path): ...                             # by one command at a time
 """
 
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from herd.run.errors import ConfigError
 
+REPORT = "gate.json"
+LOCK = "lock"
+
 
 def check_target(path: Path) -> None:
-    """Raise ConfigError when something is already there: an export is never overwritten."""
-    if path.exists():
-        raise ConfigError(f"out = {path}: exists; remove it or choose another folder")
+    """Raise ConfigError when something is already there: an export is never overwritten.
+
+    Beside a whole export nothing unfinished is of use: what a command left that was killed just after its end goes.
+    """
+    if not path.exists():
+        return
+    if (path / REPORT).is_file() and unfinished(path).is_dir():
+        with making(path):
+            shutil.rmtree(unfinished(path))
+    raise ConfigError(f"out = {path}: exists; remove it or choose another folder")
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Hold `unfinished(path)`, which is made if need be; ConfigError while another command holds it.
+
+    The kernel frees the lock when its holder dies, however it dies.
+    """
+    with _open_lock(unfinished(path) / LOCK):
+        yield
+
+
+def _open_lock(file: Path) -> IO[str]:
+    """The locked file, still under its name: the holder before may have removed it with its folder."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+                return stream
+        except BlockingIOError:
+            stream.close()
+            place = file.parent
+            mend = "wait for it, or choose another --out"
+            raise ConfigError(f"{place}: another command is working there; {mend}") from None
+        stream.close()
 
 
 def unfinished(path: Path) -> Path:

@@ -104,12 +104,15 @@ def read_places(path: Path) -> dict[str, Place]:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in name order; DataError naming the one that is missing or broken."""
+    """The safetensors files of a folder, in name order; DataError naming the one that is missing or broken.
+
+    Where there are both a single file and an index, the single file, as transformers has it.
+    """
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors are read")
+    if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if not index.is_file():
+        raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError) as error:

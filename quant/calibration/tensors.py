@@ -14,11 +14,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from herd.run.errors import ConfigError
 from quant.calibration.activations import Activations
 from quant.calibration.coverage import batches_needed, count_routes, coverage_report
 from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
-from quant.calibration.rows import CalibrationRows
+from quant.calibration.rows import LEAST_TOKENS, CalibrationRows
 from quant.calibration.settings import Calibration
 from quant.calibration.walk import Walk
 from quant.methods.method import Method
@@ -27,7 +28,7 @@ from quant.sources import Source
 
 log = logging.getLogger(__name__)
 
-RECIPE = "2"
+RECIPE = "3"
 """Raise it when the same settings give other codes: unfinished work of an earlier version is then thrown away."""
 
 
@@ -37,6 +38,7 @@ class CalibratedTensors(Mapping[str, Tensor]):
         self._source = source
         self._method = method
         self._calibration = calibration
+        self._check_rows()
         self._headers = plan.headers()
         self._last: tuple[int, dict[str, Tensor]] = (-1, {})
 
@@ -89,6 +91,16 @@ class CalibratedTensors(Mapping[str, Tensor]):
             "threads": torch.get_num_threads(),
             "versions": [torch.__version__, transformers.__version__],
         }
+
+    def _check_rows(self) -> None:
+        """Raise ConfigError when too few rows would be taken (for experts, whole batches are)."""
+        first, (drawn, row_tokens) = self._calibration.first, self._calibration.rows.tokens_NT.shape
+        if not self._plan.has_experts and min(first, drawn) * row_tokens < LEAST_TOKENS:
+            least = -(-LEAST_TOKENS // row_tokens)
+            raise ConfigError(
+                f"--calibration-rows {first}: {first * row_tokens} tokens in rows of {row_tokens}, at least "
+                f"{LEAST_TOKENS} are needed; give --calibration-rows {least} or more"
+            )
 
     @cached_property
     def _ledger(self) -> Ledger:

@@ -223,6 +223,7 @@ class Block:
         part.weight.data = (weight / (factor_K[:, None] if weight.ndim == 2 else factor_K)).to(torch.bfloat16)
         if getattr(part, "bias", None) is not None:
             part.bias.data = (part.bias.data / factor_K).to(torch.bfloat16)
+            self.tensors[f"{self._prefix}{producer}.bias"] = part.bias.data  # kept, though its layer is quantised
         for name in consumers:
             linear = self._module.get_submodule(name)
             linear.weight.data = (linear.weight.data * factor_K).to(torch.bfloat16)

@@ -29,8 +29,8 @@ class Crossovers:
         """(kind, N, K, group size) -> rows."""
 
     def set(self, layer: Linear) -> None:
-        """Fill in `kernel_rows` of an int4 or int8 layer; others have one way only."""
-        if not isinstance(layer, Int4 | Int8):
+        """Fill in `kernel_rows` of an int4 or int8 layer; others, and int8 of an odd width, have one way only."""
+        if not isinstance(layer, Int4 | Int8) or (isinstance(layer, Int8) and not layer.has_kernel):
             return
         group = layer.group_size if isinstance(layer, Int4) else 0
         key = (type(layer).__name__.lower(), layer.out_features, layer.in_features, group)

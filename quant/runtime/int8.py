@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from quant.runtime.linears import Linear, pad_rows
 
+KERNEL_COLUMNS = 16  # `_weight_int8pack_mm` (torch 2.13) reads beyond its matrices unless K is a multiple
+
 
 class Int8(Linear):
     """Few rows go through `aten._weight_int8pack_mm` (bf16 inputs), many through `torch._int_mm` (VNNI, AMX)."""
@@ -22,6 +24,11 @@ class Int8(Linear):
         self.scale = nn.Buffer(scale_N, persistent=False)
         self.kernel_rows = 0
         """Inputs of at most that many rows go through the first kernel; `quant.runtime.crossovers` measures it."""
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernel for few rows can take the layer."""
+        return self.in_features % KERNEL_COLUMNS == 0
 
     @classmethod
     def pack(cls, parts: Sequence[dict[str, Tensor]]) -> "Int8":

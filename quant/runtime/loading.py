@@ -29,6 +29,7 @@ from quant.runtime.served import serve
 from quant.runtime.stored_layers import StoredLayers, kinds_of
 from quant.sources import read_config
 from quant.tensor_files import TensorFiles
+from quant.units import derive_buffers
 
 
 def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
@@ -74,7 +75,7 @@ def _serve(folder: Path, config: PretrainedConfig, layers: StoredLayers) -> PreT
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     _replace_layers(model, layers)
-    _renew_buffers(model)
+    derive_buffers(model, model)
     _fill(model, folder, layers)
     for module in list(model.modules()):
         if isinstance(module, Llama4TextModel):
@@ -129,13 +130,6 @@ def _replace_layers(model: PreTrainedModel, layers: StoredLayers) -> None:
 def _mlp(name: str, activation: nn.Module, layers: StoredLayers) -> Mlp:
     gate_up = layers.make([f"{name}.gate_proj", f"{name}.up_proj"])
     return Mlp(gate_up, layers.make([f"{name}.down_proj"]), activation)
-
-
-def _renew_buffers(model: PreTrainedModel) -> None:
-    """Make modules again whose buffers are computed, not stored (rotary embeddings), outside the meta device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(module.config))
 
 
 def _describe(section: dict) -> str:

@@ -103,7 +103,8 @@ def _ladder(outcome: Outcome) -> str:
         if not kl:  # not among the trials, or bf16 everywhere
             continue
         size = problem.bytes_of(allocation)
-        least = min(point.kl for point in measured if point.bytes <= size)
+        # Itself too: it may have been measured without being a trial, in a search of few.
+        least = min([kl, *(point.kl for point in measured if point.bytes <= size)])
         foretold = outcome.table.foretell(allocation)
         lines.append(
             f"| {problem.bits_of(allocation):.3f} | {foretold:.5f} | {kl:.5f} | {least:.5f} | {kl / least:.2f} |"

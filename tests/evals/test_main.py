@@ -46,6 +46,18 @@ def test_the_plan_follows_an_export_to_the_data_of_its_student(tmp_path: Path, c
     assert (plan["data"]["source"], plan["data"]["sequence_length"], plan["tokens"]) == ("texts", 96, 960)
 
 
+@pytest.mark.parametrize("source, fault", [("gone", "gone, which is not there"), (".", "names itself as its source")])
+def test_lineage_that_leads_nowhere_is_refused_unless_data_is_named(
+    source: str, fault: str, tmp_path: Path, capsys
+) -> None:
+    write_lineage(tmp_path, name="scout-int4", source=str(tmp_path / source))
+    words = ["--model", str(tmp_path), "--rows", "10", "--dry-run"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert fault in err and "name some with --data" in err and len(err.splitlines()) == 1
+    assert main([*words, "--data", "stdlib"]) == 0
+
+
 def test_json_is_all_of_stdout_and_the_entry_is_kept_and_tracked(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "scout", 0)
     text = tmp_path / "texts"

@@ -69,6 +69,21 @@ def test_whatever_is_chosen_layers_that_servers_merge_have_one_scheme(data):
 
 
 @pytest.mark.parametrize(
+    "content, fault",
+    [
+        ({"quant_method": "compressed-tensors", "ignore": "lm_head"}, "ignore = 'lm_head' is no list of layers"),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": 5}, "llm_int8_skip_modules = 5 is no list"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": 1, "b": 2}}, "maps no groups"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": 1}, "b": {}}}, "has a group"),
+        ({"quant_method": ["fp8"]}, "describes no scheme"),
+    ],
+)
+def test_sections_of_the_wrong_kind_are_told(content: dict, fault: str):
+    allocation, _, said = read_section(content)
+    assert allocation is None and fault in said
+
+
+@pytest.mark.parametrize(
     "choices, fault",
     [
         ({"*": "int4-g63"}, "'int4-g63' is no choice; the nearest is int4-g64"),
@@ -194,4 +209,6 @@ def test_the_command_line_plans_an_allocation_and_the_export_remembers_it(folder
     assert plan["kept"]["model.layers.3.feed_forward.experts.2.up_proj"] == "the allocation says so"
     options = parse(words)
     check(options)
-    assert f"--allocation {tmp_path / 'bits.json'} --out" in export_lineage(options, {})["command"]
+    lineage = export_lineage(options, {"data_config": {"source": "texts"}})
+    assert f"--allocation {tmp_path / 'bits.json'} --out" in lineage["command"]
+    assert lineage["data_config"] == {"source": "texts"}  # the source may move

@@ -16,6 +16,7 @@ from quant import exports
 from quant.gate_process import GateProcess
 from quant.loading import load as load_reference
 from quant.loading import load_with_info
+from quant.target import finished_layers, making, unfinished
 from quant.tensor_files import TensorFiles
 from tests.quant.tiny_models import BUILDERS, build_llama
 
@@ -71,6 +72,8 @@ def test_quantisation_moves_the_logits_and_leaves_the_original_alone(models, exp
     again = quant.quantize(model, scheme="int4", group_size=32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (logits(model, tokens_BT) - logits(quantized.model, tokens_BT)).abs().max() > 0.01
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in again.tensors.values())
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in quantized.tensors.items())
 
 
@@ -182,6 +185,25 @@ def test_an_existing_folder_is_never_overwritten(models, gate, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="out: exists"):
         quant.export(quant.quantize(models["llama"], scheme="fp8"), tmp_path / "out", gate=gate)
+
+
+def test_what_a_command_left_that_was_killed_after_its_end_goes_when_it_is_started_again(exported, models, tmp_path):
+    out = shutil.copytree(exported["llama", "fp8"][1], tmp_path / "out")
+    finished_layers(out).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="out: exists"):
+        quant.export(quant.quantize(models["llama"], scheme="fp8"), out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_two_commands_do_not_make_one_export_at_a_time(models, gate, tmp_path):
+    out, quantized = tmp_path / "out", quant.quantize(models["llama"], scheme="fp8")
+    with making(out):
+        (unfinished(out) / "export").mkdir()
+        with pytest.raises(ConfigError, match=r"\.out\.incomplete: another command is working there; wait for it"):
+            quant.export(quantized, out, gate=gate)
+        assert (unfinished(out) / "export").is_dir()
+    assert quant.export(quantized, out, gate=gate).passed
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(models, gate, tmp_path, monkeypatch):

@@ -211,3 +211,22 @@ def test_a_file_that_changed_after_the_gate_is_named(sound: Sound, tmp_path: Pat
     path.write_bytes(content)
     report = gate.inspect(folder)
     assert "files: model.safetensors differs from gate.json; copy it again" in report.reason
+
+
+def test_shards_beside_a_single_file_are_named_though_no_one_reads_them(sound: Sound, tmp_path: Path):
+    folder = shutil.copytree(sound.folder, tmp_path / "copy")
+    shard = shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    tensors = load_file(shard)
+    flip_one_scale(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, Path(shard).name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert digest_stored(folder) == sound.probe.stored  # transformers, too, prefers the single file
+    reason = gate.inspect(folder).reason
+    assert "model-00001-of-00001.safetensors, model.safetensors.index.json is not in gate.json" in reason
+
+
+def test_a_gate_report_that_is_cut_short_is_named(sound: Sound, tmp_path: Path):
+    folder = shutil.copytree(sound.folder, tmp_path / "copy")
+    (folder / "gate.json").write_text((folder / "gate.json").read_text()[:60])
+    assert "readable: " in gate.inspect(folder).reason and "gate.json cannot be read" in gate.inspect(folder).reason

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import quant
 from herd.run.errors import ConfigError, DataError, NumericalError
 from herd.run.files import sha256
+from quant.architectures import check_layout
 from quant.plans import make_plan
 from quant.schemes import Scheme
 from quant.sources import open_source
@@ -92,6 +93,8 @@ def test_splitting_layers_that_servers_merge_is_refused(models, model, pattern, 
 def test_ignoring_everything_is_refused(models):
     with pytest.raises(ConfigError, match="no layer is left"):
         plan_of(models["llama"], ignore=("*",))
+    with pytest.raises(ConfigError, match="no layer is left"):
+        quant.quantize(models["llama"], allocation={"*": "fp8"}, ignore=("*",))
 
 
 def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allowed():
@@ -129,6 +132,36 @@ def test_fused_experts_of_an_unknown_layout_are_refused():
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"experts\.\w+_proj: fused experts"):
         quant.quantize(MixtralForCausalLM(config), scheme="int4", group_size=32)
+
+
+def test_fused_experts_in_matrices_are_refused_and_mambas_decays_are_not():
+    dbrx = DbrxConfig(
+        d_model=64, n_heads=4, n_layers=1, vocab_size=128, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "hidden_size": 64},
+    )  # fmt: skip
+    mamba = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, state_size=8)
+    with torch.device("meta"):
+        check_layout(MambaForCausalLM(mamba))
+        with pytest.raises(ConfigError, match=r"ffn\.experts\.mlp\.\w+: fused experts"):
+            check_layout(DbrxForCausalLM(dbrx))
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"hidden_size": "abc"}, "'hidden_size'.*expected int, got str"),
+        ({"num_attention_heads": 7}, "hidden size .64. is not a multiple of the number of attention heads"),
+        ({"quantization_config": 5}, "cannot be read: 'int' object"),
+        ({"architectures": 7}, "architectures = 7; supported: "),
+    ],
+)
+def test_a_configuration_that_cannot_be_one_is_one_line(folders, tmp_path, change, line):
+    folder = copy(folders["llama"], tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(DataError, match=rf"config\.json.*{line}") as caught:
+        plan_of(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_quantised_folder_is_refused(folders, tmp_path):

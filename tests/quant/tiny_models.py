@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Llama4Config,
     Llama4ForCausalLM,
     Llama4ForConditionalGeneration,
@@ -52,6 +54,17 @@ def build_multimodal() -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     return model.eval()
+
+
+def build_gemma3() -> PreTrainedModel:
+    """Two kinds of attention, a scaled embedding, norms on both sides of every block."""
+    torch.manual_seed(4)
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return _randomised(Gemma3ForCausalLM(config))
 
 
 def _randomised(model: PreTrainedModel) -> PreTrainedModel:

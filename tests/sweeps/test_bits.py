@@ -125,6 +125,12 @@ def test_the_same_command_measures_only_what_is_missing(model, done):
     assert trials == done["trials"]
 
 
+def test_a_search_of_one_trial_has_results_too(model, tmp_path):
+    few = ["--choices", "bf16", "int4-g32", "--trials", "1", "--bits", "16", "--around", "bf16"]
+    assert main(words(model, tmp_path / "out", *few)) == 0
+    assert "dp / best" in (tmp_path / "out" / "bits.md").read_text()
+
+
 def test_a_command_told_to_stop_says_that_the_same_one_goes_on(model, tmp_path, capsys):
     first = tmp_path / "out" / "sensitivities.json"
 

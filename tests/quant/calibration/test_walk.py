@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quant
 from herd.run.errors import ConfigError, DataError
@@ -13,6 +13,7 @@ from quant.calibration.ledger import Ledger
 from quant.calibration.moments import measure
 from quant.calibration.rows import CalibrationRows
 from quant.calibration.settings import Calibration
+from quant.calibration.tensors import CalibratedTensors
 from quant.calibration.walk import Block, Walk
 from quant.methods.awq import Awq
 from quant.methods.choice import make_method
@@ -20,6 +21,7 @@ from quant.plans import make_plan
 from quant.quantized import QuantizedModel
 from quant.schemes import Scheme
 from quant.sources import open_source
+from tests.quant.tiny_models import build_llama
 
 CALIBRATED = ("gptq", "awq", "signround")
 
@@ -72,9 +74,16 @@ class Forced(Awq):
         return torch.exp2(torch.randint(-3, 4, (columns,), generator=torch.Generator().manual_seed(0)).float())
 
 
-@pytest.mark.parametrize("name", ["maverick", "llama"])
+def biased_llama() -> PreTrainedModel:
+    model = build_llama(mlp_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.up_proj.bias)
+    return model
+
+
+@pytest.mark.parametrize("name", ["maverick", "llama", "biased"])
 def test_folding_leaves_the_unquantised_function_as_it_is_to_the_bit(folders, rows, name: str):
-    source = open_source(folders[name])
+    source = open_source(biased_llama() if name == "biased" else folders[name])
     plan = make_plan(source, Scheme.named("int4", 32))
     walk = Walk(plan, source, Forced(), rows, Ledger(None, {}), memory_bytes=10**9)
     for index in (0, 1):
@@ -86,11 +95,13 @@ def test_folding_leaves_the_unquantised_function_as_it_is_to_the_bit(folders, ro
             block.fold(measure(walk.decoder, index, layer, [hidden_BTH], [x.name for x in walk.layers_of(index)]))
             moved = {key for key, tensor in layer.state_dict().items() if not torch.equal(tensor, weights[key])}
             assert torch.equal(walk.decoder.run(index, layer, hidden_BTH), before)
-            left = {key for key in weights if "self_attn" in key or key == "input_layernorm.weight"}
-            assert moved == weights.keys() - (left if name == "maverick" else {"self_attn.o_proj.weight"})
+            left = {"self_attn.o_proj.weight", "mlp.gate_proj.bias", "mlp.down_proj.bias"}
+            if name == "maverick":
+                left = {key for key in weights if "self_attn" in key or key == "input_layernorm.weight"}
+            assert moved == weights.keys() - left
             # Kept tensors that changed are written in place of those read.
             stored = {key.removeprefix(f"model.layers.{index}.") for key in block.tensors}
-            assert stored == {key for key in moved if key.endswith(("norm.weight", "router.weight"))}
+            assert stored == {key for key in moved if key.endswith(("norm.weight", "router.weight", "bias"))}
 
 
 def test_awq_is_never_worse_than_no_scaling_on_its_own_objective(rows):
@@ -139,6 +150,14 @@ def test_more_rows_are_drawn_until_experts_have_their_quota(folders, rows):
         calibration=Calibration(CalibrationRows(rows.tokens_NT.repeat(8, 1)), first=1, expert_tokens=500),
     )  # fmt: skip
     assert few.coverage()["summary"]["rows"] < more.coverage()["summary"]["rows"] <= 192
+
+
+def test_too_few_rows_are_refused_before_anything_is_run(models, rows):
+    source = open_source(models["llama"])
+    message = "--calibration-rows 8: 512 tokens in rows of 64, .*give --calibration-rows 16 or more"
+    with pytest.raises(ConfigError, match=message):
+        few = Calibration(rows, first=8)
+        CalibratedTensors(make_plan(source, Scheme.named("int4", 32)), source, make_method("gptq"), few)
 
 
 def test_an_export_holds_the_coverage_and_says_how_it_was_made(folders, rows, gate, tmp_path):

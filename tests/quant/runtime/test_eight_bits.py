@@ -6,6 +6,7 @@ import torch
 from quant.formats import fp8 as fp8_format
 from quant.formats import int8 as int8_format
 from quant.formats.format import Ranges
+from quant.runtime.crossovers import Crossovers
 from quant.runtime.fp8 import MOVED, Fp8, widen
 from quant.runtime.int8 import Int8, round_tokens
 from quant.runtime.linears import Plain
@@ -58,6 +59,18 @@ def test_w8a8_is_the_integer_product_to_within_bf16(rows, kernel_rows):
     exact_NK = tensors["weight"].double() * tensors["weight_scale"].double()
     check_product(layer.product(input_MK), seen_MK, exact_NK)
     assert layer.packed_bytes == 48 * 96 + 48 * 2
+
+
+@pytest.mark.parametrize("fixed", [1000, None])
+def test_a_width_that_the_kernel_reads_beyond_goes_through_integers(fixed):
+    tensors = int8_format.Int8().compress(torch.randn(24, 72) * 0.05, Ranges())
+    layer = Int8.pack([tensors])
+    Crossovers(fixed).set(layer)
+    assert layer.kernel_rows == 0
+    input_MK = torch.randn(3, 72).bfloat16()
+    codes_MK, scale_M1 = round_tokens(input_MK)
+    exact_NK = tensors["weight"].double() * tensors["weight_scale"].double()
+    check_product(layer.product(input_MK), codes_MK.double() * scale_M1.double(), exact_NK)
 
 
 def test_a_bias_and_leading_dimensions_are_those_of_a_linear_layer():

@@ -20,7 +20,7 @@ from quant.runtime.int8 import Int8
 from quant.runtime.linears import Linear
 from quant.runtime.loading import load
 from tests.quant.runtime.conftest import SCHEMES
-from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_llama, build_multimodal
+from tests.quant.tiny_models import BUILDERS, WIDE_BUILDERS, build_gemma3, build_llama, build_multimodal
 
 KINDS = {"int4": Int4, "int8": Int8, "fp8": Fp8}
 
@@ -196,8 +196,8 @@ def test_a_scheme_without_a_kernel_is_unpacked_and_said_so(models, gate, tokens_
     assert torch.equal(logits(model, tokens_BT), logits(load_reference(tmp_path / "out"), tokens_BT))
 
 
-@pytest.mark.parametrize("build", [lambda: build_llama(tied=True), build_multimodal])
-def test_tied_and_multimodal_models_are_served_too(gate, tokens_BT, tmp_path, build):
+@pytest.mark.parametrize("build", [lambda: build_llama(tied=True), build_multimodal, build_gemma3])
+def test_tied_multimodal_and_gemma_models_are_served_too(gate, tokens_BT, tmp_path, build):
     quant.export(quant.quantize(build(), scheme="int4", group_size=32), tmp_path / "out", gate=gate)
     served, reference = load(tmp_path / "out"), load_reference(tmp_path / "out")
     for way in (logits, stepwise):
