@@ -1,7 +1,6 @@
 """The thread that sends: how long the end of a run waits for it."""
 
 import time
-from types import SimpleNamespace
 
 from herd.run.tracking_worker import Worker
 
@@ -13,7 +12,7 @@ class SlowSender:
 
     def __init__(self, events, stuck_at):
         self.events, self.stuck_at, self.progress = events, stuck_at, 0
-        self.client, self.record, self.uri = None, SimpleNamespace(started=0), "sqlite://"
+        self.started, self.uri = frozenset(), "sqlite://"
 
     def drain(self):
         while self.progress < self.events:
