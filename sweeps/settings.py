@@ -208,7 +208,7 @@ class Study(Section):
     def storage_file(self) -> Path | None:
         """The file of a storage that is one."""
         kind, _, rest = self.storage_url.partition(":")
-        return Path(rest.removeprefix("///")) if kind in ("sqlite", "journal") else None
+        return Path(rest.removeprefix("///")) if kind.partition("+")[0] in ("sqlite", "journal") else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:

@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from herd.run import config
 from herd.run.errors import ConfigError, EnvironmentFault, first_line
 from herd.run.folders import make_folder
 from herd.run.schema import Config
-from herd.run.store import shown
+from herd.run.store import held, shown
 from sweeps import spaces
 from sweeps.drivers import check_driver
 from sweeps.settings import Sampler, Study
@@ -131,6 +132,14 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def turn(study: Study) -> AbstractContextManager[None]:
+    """Held while a worker takes a trial: SQLite lets two of them take the same one that waits. Servers and journals do
+    not."""
+    if not study.storage_url.startswith("sqlite"):
+        return nullcontext()
+    return held(study.storage_file.with_name(f".{study.storage_file.name}.turn"))
 
 
 def make_sampler(sampler: Sampler, *salt: int) -> optuna.samplers.BaseSampler:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from herd.run import config, config_text
@@ -84,8 +85,10 @@ class Worker:
             if not self.on_storage(self.ledger.room):
                 time.sleep(WATCH_S)  # the last trials run elsewhere, and may be left behind there
                 continue
-            trial = self.on_storage(self.ask)
-            if self.on_storage(lambda trial=trial: self.ledger.claim(trial)):
+            with storages.turn(self.study):
+                trial = self.on_storage(self.ask)
+                mine = self.on_storage(lambda trial=trial: self.ledger.claim(trial))
+            if mine:
                 self.run(trial)
 
     def ask(self) -> optuna.Trial:
@@ -106,6 +109,8 @@ class Worker:
         print(f"trial {trial.number} starts  {'  '.join(overrides)}  log: {logs}", flush=True)
         try:
             values = self.values(trial, name, overrides, started)
+        except UpdateFinishedTrialError:  # this worker was taken for dead, and another one has its trial
+            return
         except Cut:
             self.on_storage(lambda: self.ledger.pause(trial))
             raise Interrupted("") from None

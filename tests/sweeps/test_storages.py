@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -75,6 +76,26 @@ def test_the_first_trials_are_made_up_for_when_whoever_made_the_study_died_befor
         found = storages.open_study(study, checks.check(study))
     points = [trial.system_attrs["fixed_params"]["optim.lr"] for trial in found.trials]
     assert sorted(points) == [0.002, 0.003, 0.004, 0.005]
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal:"])
+def test_no_two_workers_take_the_same_trial_that_waits(tmp_path, kind):
+    study = studies.make(tmp_path, storage=f"{kind}{tmp_path / 'storage'}", enqueue_defaults=False)
+    found = storages.open_study(study, checks.check(study))
+    for rate in range(1, 25):
+        found.enqueue_trial({"optim.lr": rate / 1000})
+
+    def take(_):
+        mine = optuna.load_study(study_name=study.name, storage=storages.open_storage(study.storage_url))
+        taken = []
+        for _ in range(6):
+            with storages.turn(study):
+                taken.append(mine.ask().number)
+        return taken
+
+    with ThreadPoolExecutor(4) as workers:
+        numbers = [number for taken in workers.map(take, range(4)) for number in taken]
+    assert sorted(numbers) == list(range(24))
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
