@@ -16,8 +16,8 @@ from typing import Any
 
 import transformers
 from peers_quant.judge import BASELINE
+from quality import interval
 from quantisation import RESULTS, ROWS, label, measure
-from scipy.stats import t as student_t
 
 from herd.run.files import write_atomic
 
@@ -41,11 +41,8 @@ def mean_ratio(ratios: list[float]) -> dict[str, Any]:
     """The geometric mean and its 95 % interval over models; one model has no interval."""
     logs = [math.log(ratio) for ratio in ratios]
     mean = statistics.mean(logs)
-    found = {"models": len(logs), "ratio": math.exp(mean), "ratio_ci95": None}
-    if len(logs) > 1:
-        half = float(student_t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-        found["ratio_ci95"] = [math.exp(mean - half), math.exp(mean + half)]
-    return found
+    ends = [math.exp(end) for end in interval(logs)] if len(logs) > 1 else None
+    return {"models": len(logs), "ratio": math.exp(mean), "ratio_ci95": ends}
 
 
 def means(tables: dict[str, dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ def describe(study: settings.Study) -> str:
     from sweeps.ledger import Ledger
 
     base = checks.check(study)
-    found = storages.peek(study, base)
+    found = storages.find_study(study, base) if study.storage_file else None
     first = spaces.defaults(base, study.space) if study.enqueue_defaults else None
     lines = [f"study     {study.name}, {study.base}, {len(study.set)} overrides", f"folder    {study.home}"]
     lines += [

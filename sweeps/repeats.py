@@ -5,16 +5,15 @@ run(study, optuna_study, slots, stop)           # kept in the study's storage; r
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 import optuna
 from scipy.stats import t as student_t
 
-from herd.run import config_text
 from herd.run.errors import ENVIRONMENT, Interrupted
-from sweeps import metrics, results
+from sweeps import metrics, results, tracking
 from sweeps.settings import Study
 from sweeps.stopping import Stop
 from sweeps.trial import Slot, TrialRun
@@ -43,7 +42,9 @@ def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop,
         )
         for seed, arm in product(seeds, arms)
     }
-    run_missing(runs, slots, stop, beat, lambda arm: _tags(study, optuna_study, arm))
+    facts = {"sweep.study": study.name}
+    tags = {arm: tracking.run_tags(optuna_study, facts | {"sweep.repeat": arm}) for arm in arms}
+    run_missing(runs, slots, stop, beat, tags)
     metric = study.objectives[0].metric
     values = {arm: [_value(runs[arm, seed], metric) for seed in seeds] for arm in arms}
     optuna_study.set_user_attr(
@@ -56,7 +57,7 @@ def run_missing(
     slots: list[Slot],
     stop: Stop,
     beat: Callable[[], None],
-    tags: Callable[[str], list[str]],
+    tags: Mapping[str, list[str]],
 ) -> None:
     """Run those that have not ended well before, as many at a time as there are slots."""
     waiting = [key for key, one in runs.items() if not one.is_done()]
@@ -67,7 +68,7 @@ def run_missing(
                 if slot.number not in running and waiting:
                     arm, seed = waiting.pop(0)
                     running[slot.number] = runs[arm, seed]
-                    runs[arm, seed].start(slot, tags(arm))
+                    runs[arm, seed].start(slot, tags[arm])
             for number, one in list(running.items()):
                 if one.code() is not None:
                     del running[number]
@@ -94,13 +95,6 @@ def _take(ended: TrialRun) -> None:
 def _value(ended: TrialRun, metric: str) -> float | None:
     value = metrics.final(ended.folder, metric) if ended.is_done() else math.nan
     return value if math.isfinite(value) else None
-
-
-def _tags(study: Study, optuna_study: optuna.Study, arm: str) -> list[str]:
-    parent = optuna_study.user_attrs.get("mlflow_run_id")
-    found = {"sweep.study": study.name, "sweep.repeat": arm}
-    words = [f"tracking.tags={config_text.write_inline(found)}"]
-    return words + ([f"tracking.parent={parent}"] if parent else [])
 
 
 def paired(values: dict[str, list[float | None]]) -> dict[str, Any]:

@@ -100,21 +100,11 @@ def found_by(study: Study, wanted: int | None, again: str) -> tuple[int, list[st
     Raises ConfigError when the study has not run, ran with other settings than it has now, or has no such trial; and
     when several trials of several objectives are best and none is named. again: the mend, a command that runs it.
     """
-    import optuna
-
     from sweeps import results, storages
 
-    storages.quiet()
-    url, file = study.storage_url, study.storage_file
-    missing = f"--from {study.name}: no such study in {shown(url)}; {again}"
-    if file is not None and not file.exists():
-        raise ConfigError(missing)
-    storage = storages.patiently(lambda: storages.open_storage(url), url)
-    try:
-        found = storages.patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), url)
-    except KeyError:
-        raise ConfigError(missing) from None
-    storages.check_same(study, found, storages.identity(study, config.load(study.base, study.set, flag="base")))
+    found = storages.find_study(study, config.load(study.base, study.set, flag="base"))
+    if found is None:
+        raise ConfigError(f"--from {study.name}: no such study in {shown(study.storage_url)}; {again}")
     result = results.read(study, found)
     if result.best is None:
         raise ConfigError(f"--from {study.name}: no trial is complete yet; {again}")

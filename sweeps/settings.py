@@ -46,14 +46,18 @@ class Range(Section):
     @property
     def last(self) -> float | int:
         """The highest value there is: `high`, or the last step below it."""
-        return self.high if self.step is None else self.points[-1]
+        return self.high if self.step is None else self.point(self.count - 1)
 
     @property
-    def points(self) -> list[float | int]:
-        """Every value of a range with a step: decimal numbers as they are written, low + 2 * 0.1 is low + 0.2."""
+    def count(self) -> int:
+        """How many values a range with a step has."""
         low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
-        kind = int if self.whole else float
-        return [kind(low + index * step) for index in range(int((high - low) // step) + 1)]
+        return int((high - low) // step) + 1
+
+    def point(self, index: int) -> float | int:
+        """One of them: decimal numbers as they are written, low + 2 * 0.1 is low + 0.2."""
+        value = Decimal(str(self.low)) + index * Decimal(str(self.step))
+        return int(value) if self.whole else float(value)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
@@ -196,7 +200,7 @@ class Study(Section):
         """Trials it has at most: the budget's, or a grid's points."""
         if self.sampler.kind != "grid":
             return self.budget.trials
-        counts = (len(part.choices if isinstance(part, Choices) else part.points) for part in self.space.values())
+        counts = (len(part.choices) if isinstance(part, Choices) else part.count for part in self.space.values())
         return min(self.budget.trials, math.prod(counts))
 
     @property

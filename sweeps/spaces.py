@@ -51,18 +51,22 @@ def defaults(base: Config, space: Space) -> dict[str, Any] | None:
 
 def grid(space: Space) -> dict[str, list[Any]]:
     """Every value of each path, for a grid."""
-    found = distributions(space)
     return {
-        path: list(found[path].choices) if isinstance(part, Choices) else part.points for path, part in space.items()
+        path: _texts(part) if isinstance(part, Choices) else [part.point(index) for index in range(part.count)]
+        for path, part in space.items()
     }
 
 
 def _distribution(part: Range | Choices) -> BaseDistribution:
     if isinstance(part, Choices):
-        return CategoricalDistribution([config_text.write_inline(choice) for choice in part.choices])
+        return CategoricalDistribution(_texts(part))
     if part.whole:
         return IntDistribution(part.low, part.last, log=part.log, step=int(part.step or 1))
     return FloatDistribution(float(part.low), float(part.last), log=part.log, step=part.step)
+
+
+def _texts(part: Choices) -> list[str]:
+    return [config_text.write_inline(choice) for choice in part.choices]
 
 
 def _text(value: Any, part: Range | Choices) -> str:

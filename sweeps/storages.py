@@ -57,7 +57,7 @@ def open_study(study: Study, base: Config) -> optuna.Study:
         # Last, as it says that the first trials are in: who dies before it leaves them to the next.
         patiently(lambda: _enqueue_first(found, study, base), study.storage_url)
         found.set_user_attr(SETTINGS, wanted)
-    check_same(study, found, wanted)
+    _check_same(study, found, wanted)
     return found
 
 
@@ -69,13 +69,13 @@ def _make_or_load(study: Study, storage: BaseStorage, tools: dict[str, Any]) -> 
         return optuna.load_study(storage=storage, study_name=study.name, **tools), False
 
 
-def peek(study: Study, base: Config) -> optuna.Study | None:
-    """The study as a file holds it, untouched; None where there is none yet, or it is on a server.
+def find_study(study: Study, base: Config) -> optuna.Study | None:
+    """The study as its storage holds it, untouched; None where there is none yet.
 
-    Raises ConfigError when one of that name has other settings.
+    Raises ConfigError when one of that name has other settings, EnvironmentFault when the storage does not answer.
     """
     file = study.storage_file
-    if file is None or not file.exists() or not file.stat().st_size:
+    if file is not None and not (file.exists() and file.stat().st_size):
         return None
     quiet()
     storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
@@ -83,7 +83,7 @@ def peek(study: Study, base: Config) -> optuna.Study | None:
         found = patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), study.storage_url)
     except KeyError:
         return None
-    check_same(study, found, identity(study, base))
+    _check_same(study, found, identity(study, base))
     return found
 
 
@@ -191,8 +191,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
-def check_same(study: Study, found: optuna.Study, wanted: dict[str, Any]) -> None:
-    """Raise ConfigError, the difference shown, when the storage holds a study of that name with another identity."""
+def _check_same(study: Study, found: optuna.Study, wanted: dict[str, Any]) -> None:
     known = found.user_attrs.get(SETTINGS)
     if known is not None and known != wanted:
         lines = "\n".join(f"  {line}" for line in _differences(known, wanted))

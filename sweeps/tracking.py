@@ -4,12 +4,13 @@ with of_study(study, base, optuna_study) as tracker: ...
 finish_study(tracker, study, result, page)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 
+from herd.run import config_text
 from herd.run.errors import Interrupted
 from herd.run.schema import Config
 from herd.run.store import shown
@@ -41,6 +42,13 @@ def of_study(study: Study, base: Config, optuna_study: optuna.Study) -> Iterator
         tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish()
+
+
+def run_tags(optuna_study: optuna.Study, facts: Mapping[str, str]) -> list[str]:
+    """Overrides that hang a run's MLflow run below the study's, with tags of its own."""
+    parent = optuna_study.user_attrs.get("mlflow_run_id")
+    words = [f"tracking.tags={config_text.write_inline(dict(facts))}"]
+    return words + ([f"tracking.parent={parent}"] if parent else [])
 
 
 def finish_study(tracker: Tracker, study: Study, result: Result, page: Path) -> None:

@@ -12,6 +12,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,10 +21,10 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from herd.run import config, config_text
+from herd.run import config
 from herd.run.errors import ENVIRONMENT, NUMERICAL, ConfigError, EnvironmentFault, HerdError, Interrupted
 from herd.run.schema import Config
-from sweeps import metrics, spaces, storages
+from sweeps import metrics, spaces, storages, tracking
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
 from sweeps.storages import Answer
@@ -89,7 +90,8 @@ class Worker:
                 trial = self.on_storage(self.ask)
                 mine = self.on_storage(lambda trial=trial: self.ledger.claim(trial))
             if mine:
-                self.run(trial)
+                with suppress(UpdateFinishedTrialError):  # this worker was taken for dead, and another has its trial
+                    self.run(trial)
 
     def ask(self) -> optuna.Trial:
         """The next trial: one that waits, or a new draw that no other worker makes."""
@@ -109,8 +111,6 @@ class Worker:
         print(f"trial {trial.number} starts  {'  '.join(overrides)}  log: {logs}", flush=True)
         try:
             values = self.values(trial, name, overrides, started)
-        except UpdateFinishedTrialError:  # this worker was taken for dead, and another one has its trial
-            return
         except Cut:
             self.on_storage(lambda: self.ledger.pause(trial))
             raise Interrupted("") from None
@@ -241,11 +241,8 @@ class Worker:
 
     def tags(self, trial: optuna.Trial) -> list[str]:
         """Overrides that hang the trial's MLflow run below the study's."""
-        attributes = self.on_storage(lambda: self.optuna_study.user_attrs)
-        parent = attributes.get("mlflow_run_id")
-        found = {"sweep.study": self.study.name, "sweep.trial": str(trial.number)}
-        words = [f"tracking.tags={config_text.write_inline(found)}"]
-        return words + ([f"tracking.parent={parent}"] if parent else [])
+        facts = {"sweep.study": self.study.name, "sweep.trial": str(trial.number)}
+        return self.on_storage(lambda: tracking.run_tags(self.optuna_study, facts))
 
     def remember_run(self, trial: optuna.Trial, folder: Path) -> None:
         """Put the MLflow run's id beside the trial, so that each interface leads to the other."""

@@ -22,7 +22,8 @@ from herd.run.errors import ConfigError, EnvironmentFault
 from sweeps import Range, checks, spaces, storages
 from sweeps.__main__ import describe
 from sweeps.ledger import Ledger
-from sweeps.worker import TrialsFail
+from sweeps.trial import Slot
+from sweeps.worker import Pruned, TrialsFail, Worker
 from tests.sweeps import studies
 
 
@@ -170,6 +171,23 @@ def test_a_command_waits_for_the_trials_of_other_machines_and_takes_up_those_the
     result = sweeps.run(study)
     assert not later.is_alive()
     assert [trial.state for trial in result.trials] == ["complete"] * 2 and result.default is not None
+
+
+def test_a_worker_that_was_taken_for_dead_leaves_its_trial_to_the_other_however_it_ended(tmp_path, monkeypatch):
+    study = studies.make(tmp_path, budget={"trials": 1})
+    base = checks.check(study)
+    found = storages.open_study(study, base)
+
+    def lost_meanwhile(worker, trial, *_):
+        optuna.Trial(found, trial._trial_id).set_user_attr("lost", True)
+        found.tell(trial.number, state=TrialState.FAIL)
+        monkeypatch.setattr(Worker, "values", lambda *_: [1.0])  # the other one's
+        found.enqueue_trial(trial.params)
+        raise Pruned("step 3")
+
+    monkeypatch.setattr(Worker, "values", lost_meanwhile)
+    Worker(study, base, Slot(0, threads=1), found).work()
+    assert [trial.value for trial in Ledger(found, 1).ended()] == [1.0]
 
 
 def test_an_objective_no_run_reports_is_named_with_what_there_is(tmp_path):
