@@ -7,9 +7,11 @@ Each part is skipped when its result is there already, so a run killed here goes
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from evals.result import summary
 from herd import report
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
+from herd.run import files
 from herd.run.config_checks import export_name
 from herd.run.lineage import model_card, read_lineage, write_lineage
 from herd.run.schema import Config, Quantize
@@ -70,14 +73,13 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
 def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> None:
     """Quantise every student as configured, evaluate every model, write report.html, and tell MLflow all of it."""
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks are gone
-    wanted = [export_name(student, one) for student, facts in config.students.items() for one in facts.quantize]
-    missing = any(not (run_folder / "exports" / name).exists() for name in wanted)
+    wanted = [(student, one) for student, facts in config.students.items() for one in facts.quantize]
+    missing = any(not is_made(run_folder, student, one) for student, one in wanted)
     # Both processes import what they need while the exports are made.
     with evals.Probe() as probe, GateProcess() if missing else nullcontext() as gate:
         exports = {
             compress(config, run_folder, student, settings, tracker, gate): run_folder / "students" / student
-            for student, facts in config.students.items()
-            for settings in facts.quantize
+            for student, settings in wanted
         }
         results = evaluate_all(config, run_folder, exports, probe)
     for result in results:
@@ -91,13 +93,28 @@ def compress_and_report(config: Config, run_folder: Path, tracker: Tracker) -> N
     print(f"report: {page}", flush=True)
 
 
+def recipe(run_folder: Path, settings: Quantize) -> dict[str, Any]:
+    """What tells exports of one name apart: all settings, an allocation's content, when the student was trained."""
+    facts = settings.model_dump(mode="json") | {"trained": run_record.read(run_folder)["trained"]}
+    return facts if settings.allocation is None else facts | {"allocation": files.sha256(settings.allocation)}
+
+
+def is_made(run_folder: Path, student: str, settings: Quantize) -> bool:
+    """Whether that export is there and whole, made by these settings of this student."""
+    made = run_folder / "exports" / export_name(student, settings)
+    return made.exists() and read_lineage(made).get("recipe") == recipe(run_folder, settings)
+
+
 def compress(
     config: Config, run_folder: Path, student: str, settings: Quantize, tracker: Tracker, gate: GateProcess | None
 ) -> Path:
-    """Make one export, which takes a gate, unless a whole one is there; returns its folder."""
+    """Make one export, which takes a gate, unless a whole one of these very settings is there; returns its folder."""
     name = export_name(student, settings)
     folder = run_folder / "exports" / name
-    if not folder.exists():
+    if not is_made(run_folder, student, settings):
+        if folder.exists():
+            print(f"{name}: its settings or its student changed, so it is made again")
+            shutil.rmtree(folder.rename(folder.with_name(f".{name}.trash")))
         source = run_folder / "students" / student
         calibration = None
         choices = None if settings.allocation is None else read_choices(settings.allocation)
@@ -117,6 +134,7 @@ def compress(
             child.artifact(settings.allocation)
         tracker.flush(5)  # so that the export knows its run
         lineage = read_lineage(source) | {"role": "export", "name": name, "student": student, "run_id": child.run_id}
+        lineage |= {"recipe": recipe(run_folder, settings)}
         if calibration is not None:
             rows = calibration.rows
             child.dataset("calibration rows", rows.source, rows.fingerprint, "calibration")

@@ -1,6 +1,6 @@
 """The training loop: steps, held-out losses, checkpoints, metrics, and a clean stop at any step.
 
-    outcome = train(assembly, config, run_folder, tracker=tracker, resume_from=None)
+    steps = Loop(assembly, config, run_folder, tracker).run(resume_from=None, resume_command="...")
 
 Every decision that ends or saves is taken at a step boundary by all ranks together, so they never part ways.
 """
@@ -175,6 +175,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a complete checkpoint; whatever happens, the previous one stays whole until this one is."""
+        self.herd.flush()  # a resumed run takes no step again whose targets the checkpoint counts on
         facts = {"expert_parallel": self.config.parallel.expert_parallel, "zero": self.config.parallel.zero}
         with checkpoints.writing(self.run_folder, self.position.step, facts=facts) as folder:
             for member in self.herd.members.values():

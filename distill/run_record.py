@@ -9,7 +9,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from herd.run import files, ranks
 from herd.run.lineage import git_commit
@@ -36,9 +36,14 @@ def mark(folder: Path, moment: Literal["trained", "finished"], *, again: bool = 
 
     `again` False keeps an earlier note: a run that was trained already is not trained once more.
     """
-    record = json.loads((folder / FILE).read_text())
+    record = read(folder)
     if again or moment not in record:
         files.write_atomic(folder / FILE, json.dumps(record | {moment: _now()}, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What was noted so far."""
+    return json.loads((folder / FILE).read_text())
 
 
 def _now() -> str:

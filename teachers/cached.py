@@ -55,6 +55,11 @@ class CachedTeacher:
         if self._writer is not None:
             self._writer.close()
 
+    def flush(self) -> None:
+        """Make the targets it has made so far survive a power cut."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def _complete(self, batch: Batch) -> None:
         missing_B = self._reader.missing(batch.keys_B)
         if not missing_B.any():
@@ -89,6 +94,10 @@ class WriteThrough:
             step = step if self._trains else 0
             self._writer.append(targets, batch.keys_B, batch.input_ids_BT, batch.labels_BT, step=step)
             self._kept |= set() if self._trains else keys
+
+    def flush(self) -> None:
+        """Make what was written so far survive a power cut."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Seal what was written."""

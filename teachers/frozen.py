@@ -9,7 +9,7 @@ Shapes: B rows, T tokens a row, G teacher width, V vocabulary.
 import torch
 from torch import nn
 
-from teachers.targets import SoftTargets, decoder_of, has_plain_head, make_targets
+from teachers.targets import SoftTargets, decoder_of, has_plain_head, log_probabilities, make_targets
 
 
 class FrozenTeacher:
@@ -33,6 +33,6 @@ class FrozenTeacher:
 
     def score(self, input_ids_BT: torch.Tensor, labels_T: torch.Tensor) -> tuple[float, int]:
         """-log p of the labels, summed, in nats, and how many there are; -100 is not scored."""
-        logits_TV = self.targets(input_ids_BT).logits(slice(0, len(labels_T))).float()
-        loss = nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")
-        return loss.item(), int((labels_T != -100).sum())
+        scored_T = labels_T != -100
+        log_p_T = log_probabilities(self.targets(input_ids_BT), labels_T.masked_fill(~scored_T, 0))
+        return -log_p_T[scored_T].double().sum().item(), int(scored_T.sum())

@@ -54,12 +54,19 @@ class RoutedTeacher:
             if isinstance(route.teacher, CachedTeacher):
                 route.teacher.prefetch(own)
 
+    def flush(self) -> None:
+        """Make what was written so far survive a power cut."""
+        for part in self._caches():
+            part.flush()
+
     def close(self) -> None:
         """Seal what was written and end what reads."""
-        for route in self.routes.values():
-            for part in (route.teacher, route.writing):
-                if isinstance(part, CachedTeacher | WriteThrough):
-                    part.close()
+        for part in self._caches():
+            part.close()
+
+    def _caches(self) -> list[CachedTeacher | WriteThrough]:
+        parts = [part for route in self.routes.values() for part in (route.teacher, route.writing)]
+        return [part for part in parts if isinstance(part, CachedTeacher | WriteThrough)]
 
     def _split(self, batch: Batch) -> dict[int, tuple[Route, Batch]]:
         """The routed rows of a batch by source; nothing for a source it has no row of."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+CHUNK_TOKENS = 512  # whose logits exist at a time
 LEAST_LOGIT = -1e30
 """Stands for -inf: no mass in any precision, and still finite after a division by a temperature."""
 
@@ -151,6 +152,16 @@ def make_targets(outputs: torch.Tensor, head_VG: torch.Tensor | None) -> FullTar
     if head_VG is None:
         return DenseTargets(outputs.detach())
     return LinearTargets(outputs.detach(), head_VG.detach())
+
+
+def log_probabilities(targets: FullTargets, tokens_T: torch.Tensor) -> torch.Tensor:
+    """log p of one token at each place [T], fp32; the logits of a chunk exist at a time."""
+    parts = [torch.zeros(0, device=tokens_T.device)]
+    for start in range(0, len(tokens_T), CHUNK_TOKENS):
+        rows = slice(start, min(start + CHUNK_TOKENS, len(tokens_T)))
+        log_p_CV = targets.logits(rows).float().log_softmax(1)
+        parts.append(log_p_CV.gather(1, tokens_T[rows, None]).squeeze(1))
+    return torch.cat(parts)
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:

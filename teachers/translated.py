@@ -15,10 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from teachers.alignment import align
 from teachers.frozen import FrozenTeacher
 from teachers.spans import SpanTargets, shared_tokens
-from teachers.targets import FullTargets, make_targets
+from teachers.targets import log_probabilities, make_targets
 from teachers.translation import Translated, Translator
-
-CHUNK_TOKENS = 512
 
 
 class TranslatedTeacher(FrozenTeacher):
@@ -58,7 +56,7 @@ class TranslatedTeacher(FrozenTeacher):
     def score(self, input_ids_BT: torch.Tensor, labels_T: torch.Tensor) -> tuple[float, int]:
         """-log p of the spans' bytes, summed, in nats, and how many of the student's tokens they are."""
         targets = self.targets(input_ids_BT)
-        seen_ce = -_log_probabilities(targets.first, targets.seen_S)
+        seen_ce = -log_probabilities(targets.first, targets.seen_S)
         return (seen_ce - targets.later_S).double().sum().item(), int((targets.span_T >= 0).sum())
 
 
@@ -94,15 +92,5 @@ def _later(
     number_N = torch.repeat_interleave(torch.arange(len(sizes_S), device=sizes_S.device), sizes_S)
     within_N = torch.arange(len(number_N), device=sizes_S.device) - (sizes_S.cumsum(0) - sizes_S)[number_N]
     token_N = first_S[number_N] + 1 + within_N
-    log_p_N = _log_probabilities(make_targets(outputs[token_N - 1], head_VG), seen[token_N])
+    log_p_N = log_probabilities(make_targets(outputs[token_N - 1], head_VG), seen[token_N])
     return log_p_N.new_zeros(len(sizes_S)).index_add_(0, number_N, log_p_N)
-
-
-def _log_probabilities(targets: FullTargets, tokens: torch.Tensor) -> torch.Tensor:
-    """log p of one token at each place, fp32; the logits of a chunk exist at a time."""
-    parts = [torch.zeros(0, device=tokens.device)]
-    for start in range(0, len(tokens), CHUNK_TOKENS):
-        rows = slice(start, min(start + CHUNK_TOKENS, len(tokens)))
-        log_p_CV = targets.logits(rows).float().log_softmax(1)
-        parts.append(log_p_CV.gather(1, tokens[rows, None]).squeeze(1))
-    return torch.cat(parts)

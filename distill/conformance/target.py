@@ -20,7 +20,7 @@ from distill.conformance.caller import Caller
 from distill.conformance.declarations import DIVERGENCES, Declared
 from distill.conformance.problem import Problem, draw
 from distill.conformance.signature import read_signature
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, first_line
 
 WITHIN = {torch.float64: 1e-9, torch.float32: 2e-5}
 """Tolerance of a loss of about one nat."""
@@ -150,6 +150,10 @@ def load(spec: str, declared: Mapping[str, Any] | None = None, *, device: str = 
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"--target {spec}: {error}; run from the folder it is imported from") from error
+    except Exception as error:  # whatever a module of the user's does while it is imported
+        raise ConfigError(
+            f"--target {spec}: {module_name} raises {type(error).__name__}: {first_line(error)}"
+        ) from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"--target {spec}: {module_name} has no {path}")

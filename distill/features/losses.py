@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.losses.attention_relations import relation_divergence
 from distill.losses.hidden_states import hidden_state_distance
+from distill.losses.kernel import inverse
 from distill.losses.router import router_divergence
 from herd.run import comparisons
 from teachers.recorder import Place
@@ -125,7 +126,7 @@ class FeatureLosses(nn.Module):
         """The weighted sum of all, divided by the lesson's normaliser; and each one's sum over valid tokens [N]."""
         sums_N = torch.stack([self._mean_of_pairs(part, shown, lesson) for part in self.parts])
         weights_N = sums_N.new_tensor([part.settings.weight for part in self.parts])
-        return sums_N @ weights_N / lesson.normalizer.clamp_min(1).to(sums_N.dtype), sums_N.detach()
+        return sums_N @ weights_N * inverse(lesson.normalizer).to(sums_N.dtype), sums_N.detach()
 
     def _mean_of_pairs(self, part: Part, shown: dict[Place, torch.Tensor], lesson: Lesson) -> torch.Tensor:
         total = 0.0

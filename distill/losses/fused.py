@@ -14,7 +14,7 @@ import torch
 from distill.losses.chunks import block_of, chunk_of, slices
 from distill.losses.divergences import divergence as named_divergence
 from distill.losses.head_gradient import HeadGradient, working_dtype
-from distill.losses.kernel import STATS, LossTerms, check_targets, mix_chunk
+from distill.losses.kernel import STATS, LossTerms, check_targets, inverse, mix_chunk
 from distill.losses.token_stats import Alpha, TokenStats
 from herd.run.errors import ConfigError
 from teachers.targets import RoutedTargets, SoftTargets, SparseTargets
@@ -149,7 +149,7 @@ class _Job:
             alpha,
             terms,
             chunk_tokens,
-            1.0 / count.double().clamp_min(1),
+            inverse(count),
             _absent(targets),
         )
 

@@ -136,6 +136,13 @@ def _soft(
     return soft, normalizer_C - label_C
 
 
+def inverse(count: torch.Tensor) -> torch.Tensor:
+    """1 / count, fp64, and 1 where there is nothing to divide. A step's tokens over ranks and micro-batches may be less
+    than one."""
+    count = count.double()
+    return 1.0 / torch.where(count == 0, 1.0, count)
+
+
 def check_targets(targets: SoftTargets, terms: LossTerms) -> None:
     """Raise ConfigError for sparse targets that this loss cannot read."""
     if not isinstance(targets, SparseTargets):

@@ -15,7 +15,7 @@ import torch
 from distill.losses.chunks import chunk_of
 from distill.losses.fused import Distillation
 from distill.losses.head_gradient import HeadGradient, working_dtype
-from distill.losses.kernel import STATS
+from distill.losses.kernel import STATS, inverse
 from distill.losses.merged_spans import Kind, merged_loss
 from distill.losses.token_stats import Alpha, GradientProducts, TokenStats
 from herd.run.errors import ConfigError
@@ -68,8 +68,7 @@ class _Job:
         count = valid_T.sum() if normalizer is None else torch.as_tensor(normalizer)
         span_T = _whole_spans(targets.span_T, valid_T, targets.first.num_tokens)
         labels_T = labels_T.masked_fill(~valid_T, 0)
-        scale = 1.0 / count.double().clamp_min(1)
-        return cls(labels_T, valid_T, span_T, targets, kind, matched_weight, alpha, chunk_tokens, scale)
+        return cls(labels_T, valid_T, span_T, targets, kind, matched_weight, alpha, chunk_tokens, inverse(count))
 
     def chunks(self, vocabulary: int, outputs: torch.Tensor) -> Iterator[slice]:
         """Slices of about `chunk_tokens` tokens; one that would end inside a span ends after it."""

@@ -1,6 +1,6 @@
 """One step of the herd: the teacher's training forward is every student's target.
 
-    herd = Herd(config, teacher=..., students=..., total_steps=...)
+    herd = Herd(config, teacher=..., pupils={"scout": Pupil(member, weighting)})
     metrics = herd.take_step(batches, step)
 
 Per micro-batch there is one teacher forward for any number of students. Weights move only after all of them read it.
@@ -80,9 +80,17 @@ class Herd:
 
     def close(self) -> None:
         """Seal the cache that was written, if one was."""
-        for part in (self.writing, self.teacher):
-            if isinstance(part, WriteThrough | CachedTeacher | RoutedTeacher):
-                part.close()
+        for part in self._caches():
+            part.close()
+
+    def flush(self) -> None:
+        """Make the targets that were kept so far survive a power cut, as a checkpoint does."""
+        for part in self._caches():
+            part.flush()
+
+    def _caches(self) -> list[WriteThrough | CachedTeacher | RoutedTeacher]:
+        parts = (self.writing, self.teacher)
+        return [part for part in parts if isinstance(part, WriteThrough | CachedTeacher | RoutedTeacher)]
 
     def take_step(self, batches: list[Batch], step: int) -> dict[str, float | list]:
         """One optimiser step over these micro-batches (this rank's share); metrics are global. Step 0 is the first."""
@@ -219,8 +227,9 @@ class Herd:
             metrics |= tallies[name].expert_metrics(name)
         for name in active.keys() & self.pupils.keys():
             pupil = self.pupils[name]
-            if self.teacher is not None and tallies[name].num_tokens > 0:
-                pupil.weighting.update(tallies[name].step_stats(step - self.head_start))
+            if self.teacher is not None:
+                stats = tallies[name].step_stats(step - self.head_start)
+                pupil.weighting.update(stats) if stats.count else pupil.weighting.pass_over(stats.step)
             metrics |= {f"student/{name}/{key}": value for key, value in pupil.weighting.metrics().items()}
         self.seconds["update"] += time.perf_counter() - started
         return metrics

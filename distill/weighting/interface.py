@@ -58,7 +58,10 @@ class Weighting:
         raise NotImplementedError
 
     def update(self, stats: StepStats) -> None:
-        """Learn from the step that was just taken."""
+        """Learn from the step that was just taken, some of whose tokens had a target."""
+
+    def pass_over(self, step: int) -> None:
+        """Note a step in which no token had one: there is nothing to learn from it but the time."""
 
     def see_heldout(self, step: int, nats: float) -> None:
         """Learn from the student's held-out cross-entropy after `step` steps of its own."""

@@ -1,4 +1,4 @@
-"""The dynamic default: listen to a teacher that is far ahead, as far as following it leads towards the truth.
+"""Listen to a teacher that is far ahead, as far as following it leads towards the truth.
 
     lead  = (CE_student - CE_teacher) / (rate at which CE_student falls), as a share of the run's steps
     trust = (CE_student - CE_teacher) / KL(teacher || student)

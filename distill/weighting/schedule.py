@@ -33,7 +33,10 @@ class Schedule(Weighting):
         return torch.full_like(tokens.student_ce, self.value(self._step))
 
     def update(self, stats: StepStats) -> None:
-        self._step = stats.step + 1
+        self.pass_over(stats.step)
+
+    def pass_over(self, step: int) -> None:
+        self._step = step + 1
 
     def state_dict(self) -> dict[str, float]:
         return {"step": self._step}

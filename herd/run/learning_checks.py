@@ -87,11 +87,16 @@ def _teaching_faults(config: Config) -> Iterator[str]:
     for field, plain in (("divergence", "forward_kl"), ("label_smoothing", 0.0), ("z_loss", 0.0)):
         if getattr(loss, field) != plain:
             yield f"loss.{field} = {getattr(loss, field)}: must be {plain} with loss.cross_tokenizer; leave it out"
-    weighting = loss.weighting
-    if weighting.kind == "gradients" or (weighting.kind == "calibration" and weighting.reference == "student"):
+    kind = loss.weighting.kind
+    if kind in ("gradients", "calibration", "gate"):
         yield (
-            f"loss.weighting.kind = {weighting.kind}: reads the gradients of one token's logits, and a span with "
-            "loss.cross_tokenizer may have several tokens; choose another kind"
+            f"loss.weighting.kind = {kind}: compares a token with means over tokens, or reads the gradients of its "
+            "logits, and a span with loss.cross_tokenizer may have several tokens; choose another kind"
+        )
+    if kind == "gap" and loss.weighting.over == "entropy":
+        yield (
+            "loss.weighting.over = entropy: the tokens of a span have no entropy each with loss.cross_tokenizer; "
+            "set it to step or token"
         )
 
 

@@ -1,6 +1,6 @@
 """Reads rows of a cache by key from memory maps, checking each record before it may teach.
 
-    reader = open_reader(path, expecting=Identity(...))
+    reader = cache.open(path, expecting=Identity(...))
     reader.missing(keys_B)                                      which rows have no target
     targets = reader.targets(keys_B, input_ids_BT)              SparseTargets over B * T tokens
     reader.prefetch(next_keys_B, next_input_ids_BT)             decoded by a thread meanwhile

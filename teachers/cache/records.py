@@ -1,7 +1,7 @@
 """A record of a shard: one row's targets behind a header that guards itself and the payload.
 
-    data = Record(key, row_hash, step).to_bytes(payload)
-    header = Header.read(buffer, place);  header.check(buffer, place)
+    data = record_bytes(payload, key=key, row_hash=row_hash, step=step)
+    header = Header.read(buffer, place);  header.payload(buffer, place)
 
 Header, 32 bytes, little-endian: payload bytes u32, teacher step u32, key i64, row hash u64, CRC-32 of the payload
 u32, CRC-32 of the 28 bytes before u32.

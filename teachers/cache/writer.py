@@ -1,6 +1,6 @@
 """Appends rows to a cache: every writer has shards of its own, so any number of processes write at once.
 
-    with open_writer(path, "rank0") as writer:
+    with cache.create(path, identity, codec).writer("rank0") as writer:
         writer.append(targets, keys_B, input_ids_BT, labels_BT, step=120)
 
 A row is there once its record is whole in the file: killed at any moment, a writer loses no earlier row, and the next

@@ -1,6 +1,7 @@
 """The command line of `python -m teachers cache`, checked before anything heavy is imported."""
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def check(given: argparse.Namespace) -> Options:
     least = {"rows": 1, "order_seed": 0, "seed": 0, "micro_rows": 1, "students": 1, "epochs": 1, "tokens": 1}
     for name, lowest in {**least, "sequence_length": 8}.items():
         value = getattr(given, name)
-        if value is not None and value < lowest:
+        if value is not None and not lowest <= value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} = {value:g}: must be at least {lowest}")
     for name in ("temperature", "tokens_per_second"):
         value = getattr(given, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} = {value:g}: must be more than 0")
     _check_places(given)
     known = _known(given)

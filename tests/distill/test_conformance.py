@@ -306,6 +306,14 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert len(lines) == 1 and message in lines[0]
 
 
+def test_a_module_that_raises_while_it_is_imported_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_losses.py").write_text("raise ValueError('no such\\nkernel')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert command.main(["--target", "broken_losses:loss"]) == USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "broken_losses raises ValueError: no such" in line
+
+
 def test_the_example_of_the_page_passes_from_another_folder(tmp_path):
     example = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     assert len(example.splitlines()) <= 16

@@ -123,6 +123,14 @@ def test_micro_batches_with_a_global_normalizer_add_up_to_the_whole_batch():
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("normalizer", [0.25, 1.0, 3.0])
+def test_a_normalizer_divides_the_loss_whatever_its_size(normalizer):
+    hidden, head, labels, teacher = make_problem(7)
+    summed = fused_linear_distillation(hidden, head, labels, teacher, normalizer=1.0).loss
+    scaled = fused_linear_distillation(hidden, head, labels, teacher, normalizer=normalizer).loss
+    torch.testing.assert_close(scaled, summed / normalizer)
+
+
 def test_gradients_scale_with_the_gradient_that_arrives():
     hidden, head, labels, teacher = make_problem(8)
     once = torch.autograd.grad(fused_linear_distillation(hidden, head, labels, teacher).loss, hidden)[0]

@@ -166,6 +166,19 @@ def test_a_step_of_unrouted_rows_moves_weights_as_the_control_does(tmp_path, tex
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+@pytest.mark.parametrize("kind, clock", [("maturity", {}), ("schedule", {"step": 1})])
+def test_a_step_without_a_target_teaches_a_weight_nothing_but_the_time(tmp_path, texts, teachers, kind, clock):
+    config = routed(tmp_path, texts, {"web": (teachers["one"], None)}, f"loss.weighting={{kind: {kind}}}")
+    parts = assemble(config, tmp_path)
+    batches = [b.of_source(2) for step in range(4) for b in step_batches(config, parts, step)]
+    weight = parts.herd.pupils["scout"].weighting
+    before = weight.state_dict()
+    parts.herd.take_step([b for b in batches if len(b.keys_B)][:2], 0)
+    assert weight.state_dict() == before | clock
+    parts.herd.take_step(step_batches(config, parts, 1), 1)
+    assert weight.state_dict() != before | clock
+
+
 def finished(config, folder, *, resume_from=None):
     """A run to its end; the student's weights and the metrics file's lines."""
     parts = assemble(config, folder)

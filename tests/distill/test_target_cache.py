@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from distill.assembly import assemble
+from distill.loop import Loop
 from herd.llama4.source import open_model
+from herd.run import checkpoints, ranks
 from herd.run import config as configuration
-from herd.run import ranks
 from herd.run.errors import ConfigError, DataError
+from herd.run.tracking import open_tracker
 from teachers import cache
+from teachers.cache.writer import Writer
 
 SMALL = [
     "run.name=t",
@@ -55,6 +58,22 @@ def take_steps(config, folder, steps=(0, 1)):
         taken.append(parts.herd.take_step(batches, step))
     parts.herd.close()
     return taken
+
+
+def test_a_checkpoint_makes_the_targets_written_before_it_last(tmp_path, teacher_folder, monkeypatch):
+    path = tmp_path / "cache"
+    config = frozen(
+        tmp_path, teacher_folder, f"teacher.cache={{path: {path}}}", "run.steps=2", "run.checkpoint_every=1"
+    )
+    events = []
+    for owner, name in ((Writer, "flush"), (checkpoints, "begin")):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, whole=whole, **k: (events.append(name), whole(*a, **k))[1]
+        )
+    tracker = open_tracker(tmp_path, experiment="t", run_name="t", enabled=False)
+    Loop(assemble(config, tmp_path), config, tmp_path, tracker).run(resume_from=None, resume_command="")
+    assert events == ["flush", "begin"] * 2
 
 
 def written(tmp_path, teacher_folder, codec="head_and_tail=60"):

@@ -440,7 +440,10 @@ def test_faults_of_feature_and_cross_tokenizer_losses_name_the_field(override, w
         (["teacher.mode=none", "teacher.head_start=0", "loss.features=[{kind: hidden}]"], "needs a teacher that runs"),
         (["loss.features=[{kind: hidden}]", "loss.cross_tokenizer={kind: spans}"], "cannot be compared one by one"),
         (["loss.temperature=2", "loss.cross_tokenizer={kind: spans}"], r"loss\.temperature = 2: must be 1"),
-        (["loss.weighting={kind: gradients}", "loss.cross_tokenizer={kind: uld}"], r"kind = gradients: reads the grad"),
+        (["loss.weighting={kind: gradients}", "loss.cross_tokenizer={kind: uld}"], r"kind = gradients: compares a tok"),
+        (["loss.weighting={kind: calibration}", "loss.cross_tokenizer={kind: uld}"], r"kind = calibration: compares a"),
+        (["loss.weighting={kind: gate}", "loss.cross_tokenizer={kind: spans}"], r"kind = gate: compares a token with"),
+        (["loss.weighting={kind: gap}", "loss.cross_tokenizer={kind: spans}"], r"over = entropy: the tokens of a span"),
     ],
 )
 def test_losses_that_a_teacher_cannot_give_are_refused_together_with_the_mend(overrides, words):

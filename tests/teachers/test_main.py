@@ -202,6 +202,8 @@ def test_inspect_and_verify_say_what_is_there_and_what_is_damaged(place, capsys)
         (command("--sequence-length", "65"), 2, "--sequence-length = 65: the teacher reads at most 64 tokens"),
         (command("--sequence-length", "4"), 2, "--sequence-length = 4: must be at least 8"),
         (command("--rows", "0"), 2, "--rows = 0: must be at least 1"),
+        (command("--tokens", "nan"), 2, "--tokens = nan: must be at least 1"),
+        (command("--tokens-per-second", "inf"), 2, "--tokens-per-second = inf: must be more than 0"),
         (command("--temperature", "0"), 2, "--temperature = 0: must be more than 0"),
         (command("--complete"), 2, "--out cached: no cache.json in it to complete"),
         (command(out="file.txt"), 2, "--out file.txt: is a file"),
