@@ -45,12 +45,13 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
     is_teacher = name == "teacher"
     role = "teacher" if is_teacher else "student"
     source = config.teacher.source if is_teacher else config.students[name].source
+    run_folder = config.run.folder / config.run.name
     teachers = {name: route.source for name, route in config.teacher.routes.items()} or {"": config.teacher.source}
     facts = {
         "role": role,
         "name": name,
         "run_id": tracker.nested(name, role=role).run_id,
-        "run_folder": str(config.run.folder / config.run.name),
+        "run_folder": str(run_folder),
         "teacher": None if is_teacher or config.teacher.mode == "none" else ", ".join(dict.fromkeys(teachers.values())),
         "data": config.data.origin,
         "sequence_length": config.data.sequence_length,
@@ -63,7 +64,7 @@ def describe_model(folder: Path, name: str, config: Config, parts: Assembly, tra
     if config.teacher.routes:
         facts["teachers"] = teachers
     if is_teacher and config.teacher.cache is not None:
-        facts[LINEAGE_KEY] = trained_as(config)
+        facts[LINEAGE_KEY] = trained_as(run_folder)
     lineage = write_lineage(folder, **facts)
     origin = {"licence": LICENCE} if is_spec(source) else {"base_model": source}
     # Counted in the files: under ZeRO-3 and expert parallelism a rank holds only parts of the parameters.

@@ -110,7 +110,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     vocabulary = None if teacher_model is None else teacher_model.config.get_text_config().vocab_size
     teacher: Member | FrozenTeacher | CachedTeacher | RoutedTeacher | None = None
     if config.teacher.routes:
-        teacher = open_routes(config, tokenizer, corpus, open_teacher)
+        teacher = open_routes(config, run_folder, tokenizer, corpus, open_teacher)
     elif config.teacher.mode == "codistill":
         teacher = member("teacher", teacher_model, config.teacher)
     elif config.teacher.mode == "frozen":
@@ -126,7 +126,7 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     }
     recorder = _recorder(teacher, [made for made in features.values() if made])
     writes = config.teacher.cache is not None and config.teacher.mode != "cached"
-    writing = open_writing(config, tokenizer, corpus, vocabulary) if writes else None
+    writing = open_writing(config, run_folder, tokenizer, corpus, vocabulary) if writes else None
     if isinstance(config.objective, OnPolicy):
         herd: Herd = OnPolicyHerd(config, teacher, pupils, recorder, writing, vocabulary=len(tokenizer))
     else:

@@ -1,15 +1,16 @@
 """The teachers of a run whose sources have one each (`teacher.routes`), opened and checked.
 
-teacher = open_routes(config, tokenizer, corpus, open_teacher)      # RoutedTeacher
+teacher = open_routes(config, run_folder, tokenizer, corpus, open_teacher)      # RoutedTeacher
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.target_cache import open_cached, open_writing
-from herd.data.corpora import Corpus, MixedCorpus
+from herd.data.corpora import MixedCorpus
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config
 from teachers.cached import CachedTeacher
@@ -21,7 +22,7 @@ OpenTeacher = Callable[[Config, str], PreTrainedModel | None]
 
 
 def open_routes(
-    config: Config, tokenizer: PreTrainedTokenizerBase, corpus: MixedCorpus, open_teacher: OpenTeacher
+    config: Config, run_folder: Path, tokenizer: PreTrainedTokenizerBase, corpus: MixedCorpus, open_teacher: OpenTeacher
 ) -> RoutedTeacher:
     """Open every route's teacher. Raises ConfigError or DataError that names the route."""
     models: dict[str, PreTrainedModel | None] = {}
@@ -36,20 +37,17 @@ def open_routes(
         if same not in models:
             models[same] = open_teacher(alone, label)
         with naming(label):
-            routes[place] = _open_route(alone, name, tokenizer, corpus.corpora[name], models[same])
+            model, own = models[same], corpus.corpora[name]
+            if alone.teacher.mode == "cached":
+                routes[place] = Route(name, open_cached(alone, tokenizer, own, model))
+                continue
+            writing = None
+            if alone.teacher.cache is not None:
+                vocabulary = model.config.get_text_config().vocab_size
+                writing = open_writing(alone, run_folder, tokenizer, own, vocabulary)
+            routes[place] = Route(name, FrozenTeacher(model), writing)
     _check_tails(routes)
     return RoutedTeacher(routes)
-
-
-def _open_route(
-    alone: Config, name: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, model: PreTrainedModel | None
-) -> Route:
-    if alone.teacher.mode == "cached":
-        return Route(name, open_cached(alone, tokenizer, corpus, model))
-    writing = None
-    if alone.teacher.cache is not None:
-        writing = open_writing(alone, tokenizer, corpus, model.config.get_text_config().vocab_size)
-    return Route(name, FrozenTeacher(model), writing)
 
 
 def _check_tails(routes: dict[int, Route]) -> None:

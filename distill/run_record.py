@@ -1,4 +1,4 @@
-"""run.json in a run's folder: its commands, the code and versions it ran with, when it started, trained and finished.
+"""run.json in a run's folder: its id, commands, code and versions, and when it started, trained and finished.
 
 begin(folder, command)            a resumed run adds its command
 mark(folder, "trained")           the moment, UTC, ISO 8601
@@ -7,6 +7,7 @@ mark(folder, "trained")           the moment, UTC, ISO 8601
 import datetime
 import json
 import platform
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ def begin(folder: Path, command: str) -> None:
     path = folder / FILE
     record = json.loads(path.read_text()) if path.exists() else {"commands": []}
     record["commands"].append(command)
+    record.setdefault("id", f"{folder.name}-{secrets.token_hex(8)}")  # a run begun anew under this name is another
     record.setdefault("started", _now())
     record.pop("finished", None)
     record["git_commit"] = git_commit()

@@ -35,7 +35,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
-    with no_trace_of_a_refusal(folder), files.disk_faults(folder, mend=ELSEWHERE):
+    with no_trace_of_a_refusal(config, folder), files.disk_faults(folder, mend=ELSEWHERE):
         resume_from = prepare_folder(config, folder, resume=resume, command=command)
         tracker = open_tracker(
             folder,
@@ -68,14 +68,20 @@ def run_tags(config: Config, command: str) -> dict[str, str]:
 
 
 @contextmanager
-def no_trace_of_a_refusal(folder: Path) -> Iterator[None]:
-    """Remove the folder this run made if it is refused before its first step: the mended command can be given again."""
-    ours = ranks.is_main() and not folder.exists()
+def no_trace_of_a_refusal(config: Config, folder: Path) -> Iterator[None]:
+    """Remove what this run made if it is refused before its first step: the mended command can be given again.
+
+    That is its folder, and the cache of a teacher that trains in it: nobody else can write, or has use for, that one.
+    """
+    ours = [folder] if ranks.is_main() and not folder.exists() else []
+    if ours and config.teacher.mode == "codistill" and config.teacher.cache is not None:
+        ours += [config.teacher.cache.path] if not config.teacher.cache.path.exists() else []
     try:
         yield
     except HerdError:
         if ours and checkpoints.never_stepped(folder):
-            shutil.rmtree(folder)
+            for made in ours:
+                shutil.rmtree(made, ignore_errors=made != folder)
         raise
 
 

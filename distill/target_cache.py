@@ -1,7 +1,7 @@
 """The cache of soft targets of one run: read as its teacher, or written through while its teacher runs.
 
-teacher = open_cached(config, tokenizer, corpus, model)         # teacher.mode = cached
-writing = open_writing(config, tokenizer, corpus, vocabulary)   # teacher.cache with a running teacher
+teacher = open_cached(config, tokenizer, corpus, model)                     # teacher.mode = cached
+writing = open_writing(config, run_folder, tokenizer, corpus, vocabulary)   # teacher.cache with a running teacher
 """
 
 from dataclasses import replace
@@ -9,22 +9,23 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill import run_record
 from herd.data.corpora import Corpus, MixedCorpus
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
-from herd.run import ranks
+from herd.run import hub, ranks
 from herd.run.errors import ConfigError
 from herd.run.schema import Config
 from teachers import cache
 from teachers.cache import Identity
-from teachers.cache.identity import check, names_of_teacher
+from teachers.cache.identity import check, names_of_teacher, teacher_digest
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
 
 
-def trained_as(config: Config) -> str:
+def trained_as(run_folder: Path) -> str:
     """The name a cache has a teacher under while it trains; its exported folder's lineage.json repeats it."""
-    return f"{config.tracking.experiment}/{config.run.name}"
+    return run_record.read(run_folder)["id"]
 
 
 def open_cached(
@@ -35,11 +36,11 @@ def open_cached(
     Raises DataError for a cache of another tokenizer, sequence length, temperature or data, or damaged; and of another
     teacher than `teacher.source`, where that is a folder.
     """
-    settings, source = config.teacher.cache, Path(config.teacher.source)
+    settings, source = config.teacher.cache, config.teacher.source
     teacher = None
-    if source.is_dir():
+    if Path(source).is_dir() or (model is not None and not is_spec(source)):
         there = cache.open(settings.path, expecting=None).manifest.identity.teacher
-        names = names_of_teacher(source)
+        names = names_of_teacher(hub.local_folder(source, "teacher.source"))
         teacher = there if there in names else names[0]
     first, *others = _identities(config, tokenizer, corpus, vocabulary=None, teacher=teacher)
     reader = cache.open(settings.path, expecting=first)
@@ -47,10 +48,10 @@ def open_cached(
         check(settings.path, reader.manifest.identity, reader.manifest.data, identity)
     if model is None:
         return CachedTeacher(reader, missing=settings.missing)
-    if not source.is_dir():
+    if teacher is None:
         raise ConfigError(
-            f"teacher.cache.missing = forward: teacher.source = {source} is not the folder of the cache's teacher; "
-            "name that, or set missing to refuse or hard"
+            f"teacher.cache.missing = forward: teacher.source = {source} is built for this run and not the cache's "
+            "teacher; name that one's folder or hub id, or set missing to refuse or hard"
         )
     manifest = reader.manifest
     made = cache.create(settings.path, manifest.identity, manifest.codec, seed=manifest.seed, facts=manifest.facts)
@@ -58,21 +59,18 @@ def open_cached(
     return CachedTeacher(reader, missing="forward", live=FrozenTeacher(model), writer=writer)
 
 
-def open_writing(config: Config, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, vocabulary: int) -> WriteThrough:
+def open_writing(
+    config: Config, run_folder: Path, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, vocabulary: int
+) -> WriteThrough:
     """The cache a running teacher fills, made or gone on with. Raises DataError for one of something else."""
     settings, source, trains = config.teacher.cache, config.teacher.source, config.teacher.mode == "codistill"
     if not trains and is_spec(source):
         raise ConfigError(f"teacher.cache: teacher.source = {source} is built for this run; there is nothing to keep")
-    standing = names_of_teacher(Path(source))[0] if Path(source).is_dir() else source
-    first, *others = _identities(
-        config, tokenizer, corpus, vocabulary=vocabulary, teacher=trained_as(config) if trains else standing
-    )
-    model = config.run.folder / config.run.name / "teacher" if trains else source
-    sources = [named.source for named in config.data.sources.values()] or [config.data.source]
-    command = " && ".join(
-        f"python -m teachers cache --model {model} --data {name} --out {settings.path} --complete" for name in sources
-    )
-    made = cache.create(settings.path, first, settings.codec, facts={"complete": command, "model": str(model)})
+    teacher = trained_as(run_folder) if trains else teacher_digest(hub.local_folder(source, "teacher.source"))
+    first, *others = _identities(config, tokenizer, corpus, vocabulary=vocabulary, teacher=teacher)
+    model = str(run_folder / "teacher") if trains else source
+    facts = cache.facts(model, settings.path, config.data, part="train")
+    made = cache.create(settings.path, first, settings.codec, facts=facts)
     for identity in others:
         made = cache.create(settings.path, identity, settings.codec, more_data=True)
     return WriteThrough(made, made.writer(f"rank{ranks.rank()}"), trains=trains)

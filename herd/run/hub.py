@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from herd.run.errors import EnvironmentFault
+from herd.run.errors import DataError, EnvironmentFault
 from herd.run.files import disk_faults
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -54,6 +54,23 @@ def asked(what: str, *, source: str, hint: str = "") -> Iterator[None]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = set_offline
+
+
+def local_folder(source: str, field: str) -> Path:
+    """The folder of a saved model: `source` itself, or what the hub has under that id, downloaded where it is not yet.
+
+    `field` is what errors call it. Raises DataError when the hub has none, EnvironmentFault when it does not answer.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        with asked(f"{field} {source}", source=source):
+            return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise DataError(f"{field} {source}: no such folder, and the hub does not give it: {cause}") from error
 
 
 def silence() -> str | None:

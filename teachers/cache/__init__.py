@@ -8,7 +8,8 @@ targets = reader.targets(keys_B, input_ids_BT)          SparseTargets over B * T
 
 from teachers.cache.folder import Cache, create, open
 from teachers.cache.identity import Identity
+from teachers.cache.manifest import facts
 from teachers.cache.reader import Reader
 from teachers.cache.writer import Writer
 
-__all__ = ["Cache", "Identity", "Reader", "Writer", "create", "open"]
+__all__ = ["Cache", "Identity", "Reader", "Writer", "create", "facts", "open"]

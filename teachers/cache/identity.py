@@ -33,7 +33,7 @@ class Identity:
     data: str | None
     """Fingerprint of the corpus (`corpus.fingerprint`)."""
     teacher: str | None
-    """Digest of the weights of a teacher that stands still; any name of its run for one that trained meanwhile."""
+    """Digest of the weights of a teacher that stands still; the id of its run for one that trained meanwhile."""
 
 
 def check(path: Path, identity: Identity, data: list[str], expected: Identity) -> None:
@@ -57,7 +57,7 @@ MENDS = {
     "sequence_length": "set data.sequence_length to the cache's, or make another cache",
     "temperature": "set loss.temperature to the cache's, or make another cache",
     "data": "name the cache's data, or add this data's rows with python -m teachers cache --complete",
-    "teacher": "the cache is stale or another teacher's: make a new one, or name the teacher it was made from",
+    "teacher": "the cache is stale or another teacher's: name another folder for it, or the teacher it was made from",
 }
 
 

@@ -6,12 +6,14 @@ manifest.write(path)
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from herd.run.errors import DataError
 from herd.run.files import write_atomic
+from herd.run.schema import Data
 from teachers.cache.identity import Identity, fixed_digest
 
 FILE = "cache.json"
@@ -63,6 +65,20 @@ class Manifest:
         if schema != SCHEMA:
             raise DataError(f"{path}: schema is {schema}, this version reads {SCHEMA}; make the cache again")
         return cls(identity=Identity(**content.pop("identity")), **content)
+
+
+def facts(model: str, folder: Path, data: Data, *, part: str) -> dict[str, Any]:
+    """Of which model and data a cache is, and the command that makes the rows it lacks: for data of several named
+    sources one command each. It reads all else here and in the teacher's folder."""
+    words = ["--model", model, "--out", str(folder), "--part", part, "--complete"]
+    command = ["python", "-m", "teachers", "cache", *words]
+    commands = [[*command, "--data", name] for name in data.sources] or [command]
+    return {
+        "complete": " && ".join(map(shlex.join, commands)),
+        "model": model,
+        "data_config": data.model_dump(mode="json"),
+        "part": part,
+    }
 
 
 MEND = "restore it from a copy, or make the cache again"

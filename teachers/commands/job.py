@@ -15,7 +15,8 @@ from herd.data.packing import PackedRows, pack_rows
 from herd.data.permutation import shuffled
 from herd.data.tokenizer import load_tokenizer, tokenizer_digest
 from herd.llama4.source import read_config
-from herd.run.errors import ConfigError, DataError
+from herd.run import hub
+from herd.run.errors import ConfigError
 from teachers.cache.identity import Identity, names_of_teacher
 from teachers.cache.manifest import Manifest
 from teachers.commands.options import Options
@@ -35,7 +36,7 @@ class Job:
 
 def prepare(options: Options) -> Job:
     """Open data and tokenizer and name the cache; the teacher's weights are not loaded yet."""
-    folder = local_folder(options.model)
+    folder = hub.local_folder(options.model, "--model")
     tokenizer = load_tokenizer(folder)
     corpus = open_corpus(options.data)
     packed = pack_rows(corpus, tokenizer, options.part, options.data.sequence_length)
@@ -56,20 +57,6 @@ def prepare(options: Options) -> Job:
     count = len(packed) if options.rows is None else min(options.rows, len(packed))
     indices_N = shuffled(np.arange(count), count=len(packed), key=(options.order_seed, 0))
     return Job(folder, corpus, packed, indices_N, identity)
-
-
-def local_folder(model: str) -> Path:
-    """The model's folder, downloaded first for a hub id. Raises DataError when it cannot be had."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise DataError(f"--model {model}: no such folder, and the hub does not give it: {cause}") from error
 
 
 def _teacher_name(folder: Path, options: Options) -> str:

@@ -80,13 +80,8 @@ def run(options: Options, *, command: str) -> None:
 
 def facts_of(options: Options, job: Job) -> dict[str, Any]:
     """What people want to know of a cache, and the command that completes it."""
-    words = f"python -m teachers cache --model {options.model} --data {options.data.source} --out {options.out}"
-    return {
-        "complete": f"{words} --part {options.part} --complete",
-        "model": options.model,
+    return cache.facts(options.model, options.out, options.data, part=options.part) | {
         "teacher_name": read_lineage(job.folder).get("name", job.folder.name),
-        "data_config": options.data.model_dump(mode="json"),
-        "part": options.part,
         "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -147,8 +147,9 @@ def _data(given: argparse.Namespace, known: dict[str, Any]) -> Data:
     """Where the rows come from: the command line, else the cache that is completed, else the teacher's training."""
     from herd.run.lineage import read_lineage
 
-    found = known.get("data_config") or read_lineage(Path(given.model)).get("data_config") or {}
-    settings = Data.model_validate(found)
+    there = (known.get("data_config"), read_lineage(Path(given.model)).get("data_config"))
+    found = [Data.model_validate(settings) for settings in there if settings] or [Data()]
+    settings = next((one for one in found if given.data in one.sources), found[0])
     if given.data in settings.sources:
         settings = settings.alone(given.data)
     elif settings.sources and given.data is None:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedConfi
 from herd.llama4.counts import forward_flops
 from herd.llama4.plan import H100_BF16_FLOPS
 from herd.llama4.source import is_spec, read_config
-from teachers.commands.job import local_folder, prepare
+from herd.run import hub
+from teachers.commands.job import prepare
 from teachers.commands.options import Options
 from teachers.commands.sample import sample_bytes
 from teachers.commands.ways import EACH, MEANING, TOGETHER, work
@@ -103,7 +104,7 @@ def plan(options: Options) -> Plan:
 def _config(options: Options) -> PreTrainedConfig:
     if is_spec(options.model):
         return read_config(options.model)
-    return read_config(str(local_folder(options.model)))
+    return read_config(str(hub.local_folder(options.model, "--model")))
 
 
 def _forward_flops(config: PreTrainedConfig, length: int) -> float:

@@ -1,8 +1,14 @@
 """Soft targets written while a teacher runs, and read in its place: through the trainer's own parts, one rank."""
 
+import json
+import shlex
+import shutil
+
 import pytest
 import torch
+from huggingface_hub import constants
 
+from distill import run_record
 from distill.assembly import assemble
 from distill.loop import Loop
 from herd.llama4.source import open_model
@@ -11,6 +17,7 @@ from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError
 from herd.run.tracking import open_tracker
 from teachers import cache
+from teachers.__main__ import main
 from teachers.cache.writer import Writer
 
 SMALL = [
@@ -51,6 +58,7 @@ def frozen(folder, teacher_folder, *overrides):
 
 def take_steps(config, folder, steps=(0, 1)):
     """Metrics of these steps; what was written is sealed."""
+    run_record.begin(folder, "distill")
     parts = assemble(config, folder)
     taken = []
     for step in steps:
@@ -128,6 +136,51 @@ def test_a_teacher_that_trains_renews_its_rows_and_says_at_which_step(tmp_path):
     assert sorted(set(reader.steps_N.tolist())) == [2, 3] and len(reader) == 8
     take_steps(config, tmp_path, steps=(2,))
     assert len(cache.open(path, expecting=None)) == 8
+
+
+def test_a_run_finds_its_cache_again_under_another_experiment_and_one_begun_anew_does_not(tmp_path):
+    settings = ["teacher.cache.path=" + str(tmp_path / "cache"), "run.name=one"]
+    first, again = (tmp_path / name for name in ("first", "again"))
+    for folder in (first, again):
+        folder.mkdir()
+    take_steps(config_for(tmp_path, *settings), first, steps=(0,))
+    take_steps(config_for(tmp_path, *settings, "tracking.experiment=another"), first, steps=(1,))
+    assert len(cache.open(tmp_path / "cache", expecting=None)) == 8
+    with pytest.raises(DataError, match=r"teacher is first-\w{16} in the cache, again-\w{16} in this run; .*folder"):
+        take_steps(config_for(tmp_path, *settings), again, steps=(0,))
+
+
+@pytest.mark.parametrize("data", ["data={%s}", "data.sources={own: {%s}, other: {source: docs}}"])
+def test_the_printed_command_makes_the_missing_rows_also_of_a_teacher_on_the_hub(
+    data, tmp_path, teacher_folder, monkeypatch, capsys
+):
+    snapshot = tmp_path / "hub" / "models--org--teacher" / "snapshots" / "abc"
+    shutil.copytree(teacher_folder, snapshot)
+    refs = tmp_path / "hub" / "models--org--teacher" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    texts = tmp_path / "some texts"
+    texts.mkdir()
+    for name in "abcdefgh":
+        line = json.dumps({"body": f"The llama {name} ate leaves and slept. " * 60})
+        (texts / f"{name}.jsonl").write_text(f"{line}\n" * 4)
+    settings = [
+        "teacher.overrides={}",
+        "teacher.source=org/teacher",
+        f"teacher.cache.path={tmp_path / 'a cache'}",
+        data % f"source: {texts}, text_field: body",
+        "data.sequence_length=128",
+        "data.heldout_rows=4",
+    ]
+    take_steps(config_for(tmp_path, "teacher.mode=frozen", *settings), tmp_path, steps=(0,))
+    reader = cache.open(tmp_path / "a cache", expecting=None)
+    for command in reader.manifest.facts["complete"].split(" && "):
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "teachers"]
+        assert main([*words[3:], "--no-tracking"]) == 0, capsys.readouterr().err
+    read = config_for(tmp_path, "teacher.mode=cached", "tokenizer.path=org/teacher", *settings)
+    assert take_steps(read, tmp_path, steps=(1,))[0]["student/scout/alpha"] == 0.5
 
 
 def test_a_cache_of_something_else_is_refused_with_the_field(tmp_path, teacher_folder):
