@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
+from herd.run import bf16_products
 from herd.run.errors import ConfigError, DataError
 
 LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
@@ -113,6 +114,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def build_skeleton(config: PretrainedConfig, *, fused: bool = False) -> PreTrainedModel:
     """The model without storage; with `fused` as trained, else with one module per expert as it is stored quantised."""
+    bf16_products.install()
     with torch.device("meta"):
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
         if not fused:
@@ -158,6 +160,7 @@ def tied_names(model: nn.Module) -> set[str]:
 
 def assemble(config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """A bf16 model with one module an expert, holding the given tensors."""
+    bf16_products.install()
     with no_init_weights():
         model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrain
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
+from herd.run import bf16_products
 from herd.run.errors import DataError, first_line
 from quant.architectures import model_class
 from quant.formats.fp8_block import fake_quantise_groups
@@ -57,6 +58,7 @@ def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 
         return load_gguf(folder), {}
     container = Container(section)
+    bf16_products.install()
     with reading(folder):
         model, info = container.from_pretrained(model_class(config), folder, output_loading_info=True)
         container.prepare(model)

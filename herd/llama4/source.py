@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from herd.llama4.model import build
 from herd.llama4.specs import SPECS
-from herd.run import hub
+from herd.run import bf16_products, hub
 from herd.run.errors import ConfigError, DataError
 
 
@@ -37,6 +37,7 @@ def open_model(
     Raises ConfigError for a name that is neither a spec nor a folder nor a hub id, and for overrides of a model that
     exists; DataError for a folder that cannot be read; EnvironmentFault for a hub that does not answer.
     """
+    bf16_products.install()
     if is_spec(source):
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
     _check_existing(source, overrides)

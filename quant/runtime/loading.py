@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4TextModel, Llama4TextMoe
 
+from herd.run import bf16_products
 from herd.run.devices import check_device
 from herd.run.errors import DataError, first_line
 from quant import loading as reference
@@ -48,6 +49,7 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     if check_device(device, said=f"device = {device!r}").type != "cpu":
         _say(f"{folder}: on {device} transformers unpacks the weights to bf16; vLLM serves the folder with GPU kernels")
         return reference.load(folder).to(device)
+    bf16_products.install()
     if section["quant_method"] == BITSANDBYTES:
         return serve(reference.route_experts(_load_bitsandbytes(folder, config)))
     kinds = kinds_of(section)
