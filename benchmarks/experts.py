@@ -25,6 +25,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from herd.llama4.expert_parallel import install_preset
 from herd.llama4.experts import use_sparse_experts
 from herd.llama4.specs import SPECS
+from herd.run import bf16_products
 from herd.run.deepspeed_config import autoep_section
 from herd.run.files import write_atomic
 
@@ -148,6 +149,7 @@ def main() -> int:
     )
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
+    bf16_products.install()
     torch.manual_seed(0)
     install_preset()
     print(f"{TOKENS} tokens, hidden {HIDDEN}, intermediate {INTERMEDIATE}, top-1, forward + backward, CPU milliseconds")

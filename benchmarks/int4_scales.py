@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from herd.data.corpora import open_corpus
+from herd.run import bf16_products
 from herd.run.schema import Data
 from quant.formats.grid import Grid, Parameters
 from quant.formats.grid_search import Rounding, search_groups
@@ -128,6 +129,7 @@ def log_probabilities(model: PreTrainedModel, rows_NT: Tensor) -> Tensor:
 
 def measure(options: argparse.Namespace) -> list[dict]:
     """One row a group size and recipe: KL to the bf16 model over all draws."""
+    bf16_products.install()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, local_files_only=True).eval()
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows_NT = heldout_rows(options.model, options.rows, options.row_tokens)

@@ -149,9 +149,11 @@ def load_models(folder: Path, dtype: str) -> dict[str, Any]:
 
     import quant
     from herd.llama4 import use_sparse_experts
+    from herd.run import bf16_products
 
     if is_quantised(folder):
         return {"transformers": quant.load(folder)}
+    bf16_products.install()
     load = AutoModelForCausalLM.from_pretrained
     dense, sparse = (load(folder, dtype=getattr(torch, dtype), local_files_only=True).eval() for _ in range(2))
     if not is_llama4(folder):

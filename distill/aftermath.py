@@ -115,7 +115,9 @@ def compress(
     if not is_made(run_folder, student, settings):
         if folder.exists():
             print(f"{name}: its settings or its student changed, so it is made again")
-            shutil.rmtree(folder.rename(folder.with_name(f".{name}.trash")))
+            trash = folder.with_name(f".{name}.trash")
+            shutil.rmtree(trash, ignore_errors=True)  # of a run killed just here
+            shutil.rmtree(folder.rename(trash))
         source = run_folder / "students" / student
         calibration = None
         choices = None if settings.allocation is None else read_choices(settings.allocation)

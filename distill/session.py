@@ -11,7 +11,7 @@ from pathlib import Path
 
 import transformers
 
-from distill import aftermath, run_record
+from distill import aftermath, run_record, target_cache
 from distill.assembly import Assembly, assemble
 from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks
@@ -71,17 +71,15 @@ def run_tags(config: Config, command: str) -> dict[str, str]:
 def no_trace_of_a_refusal(config: Config, folder: Path) -> Iterator[None]:
     """Remove what this run made if it is refused before its first step: the mended command can be given again.
 
-    That is its folder, and the cache of a teacher that trains in it: nobody else can write, or has use for, that one.
+    That is its folder, and the cache of the teacher that trains in it, which has its id and is of no use to another.
     """
-    ours = [folder] if ranks.is_main() and not folder.exists() else []
-    if ours and config.teacher.mode == "codistill" and config.teacher.cache is not None:
-        ours += [config.teacher.cache.path] if not config.teacher.cache.path.exists() else []
+    ours = ranks.is_main() and not folder.exists()
     try:
         yield
     except HerdError:
         if ours and checkpoints.never_stepped(folder):
-            for made in ours:
-                shutil.rmtree(made, ignore_errors=made != folder)
+            for made in (*target_cache.of_trained(config, folder), folder):
+                shutil.rmtree(made)
         raise
 
 

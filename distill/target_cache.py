@@ -19,6 +19,7 @@ from herd.run.schema import Config
 from teachers import cache
 from teachers.cache import Identity
 from teachers.cache.identity import check, names_of_teacher, teacher_digest
+from teachers.cache.manifest import FILE, Manifest
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
 
@@ -26,6 +27,16 @@ from teachers.frozen import FrozenTeacher
 def trained_as(run_folder: Path) -> str:
     """The name a cache has a teacher under while it trains; its exported folder's lineage.json repeats it."""
     return run_record.read(run_folder)["id"]
+
+
+def of_trained(config: Config, run_folder: Path) -> list[Path]:
+    """The cache of the very teacher that trains in that run, if there is one."""
+    if config.teacher.mode != "codistill" or config.teacher.cache is None:
+        return []
+    path = config.teacher.cache.path
+    if not ((path / FILE).is_file() and (run_folder / run_record.FILE).is_file()):
+        return []
+    return [path] if Manifest.read(path).identity.teacher == trained_as(run_folder) else []
 
 
 def open_cached(

@@ -123,6 +123,10 @@ def _touch_code(device: str) -> None:
     """Run a model of a few thousand parameters: the library code it pages in (tens of MB) is not the measured model's
     memory."""
     import torch
+
+    from herd.run import bf16_products
+
+    bf16_products.install()
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     from evals.decoding import decode

@@ -65,6 +65,10 @@ class Lead(Weighting):
         self._fast.add(stats.student_ce)
         self._slow.add(stats.student_ce)
 
+    def pass_over(self, step: int) -> None:
+        self._fast.wait()
+        self._slow.wait()
+
     def metrics(self) -> dict[str, float]:
         return {"gap": self.gap, "lead": self.lead, "trust": self.trust}
 

@@ -26,6 +26,10 @@ class RunningMean:
         self._sum = self._keep * self._sum + weight * value
         self._weight = self._keep * self._weight + weight
 
+    def wait(self) -> None:
+        """A step without a value: what there is grows older."""
+        self._ages += self._weight
+
     @property
     def value(self) -> float:
         return self._sum / self._weight if self._weight else 0.0

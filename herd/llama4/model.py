@@ -14,6 +14,7 @@ from transformers import Llama4ForCausalLM
 from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
 from herd.llama4.specs import Spec, find_spec
+from herd.run import bf16_products
 
 
 def build(
@@ -30,6 +31,7 @@ def build(
     Raises ConfigError for an unknown spec or a bad override.
     """
     spec = find_spec(spec) if isinstance(spec, str) else spec
+    bf16_products.install()
     config = spec.config(**(overrides or {}))
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

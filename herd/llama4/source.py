@@ -37,10 +37,10 @@ def open_model(
     Raises ConfigError for a name that is neither a spec nor a folder nor a hub id, and for overrides of a model that
     exists; DataError for a folder that cannot be read; EnvironmentFault for a hub that does not answer.
     """
-    bf16_products.install()
     if is_spec(source):
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
     _check_existing(source, overrides)
+    bf16_products.install()
     try:
         with hub.asked(f"model {source}", source=source):
             model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)

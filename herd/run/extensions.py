@@ -1,17 +1,20 @@
-"""DeepSpeed's CPU communication op: compiled once, into the project's own cache, and never waited for in silence.
+"""What is compiled: DeepSpeed's CPU communication op and our own C++, once, into the project's own cache.
 
 python -m herd.run.extensions           compile it now (set-up does); exit code 3 without a compiler
-extensions.prepare()                    at every start: load it, compile it if need be
+extensions.prepare()                    at every start: load DeepSpeed's op, compile it if need be
+extensions.compiled("bf16_products")    the library of herd/run/bf16_products.cpp
 """
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import os
 import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +82,52 @@ def prepare() -> None:
         ) from error
 
 
+def compiled(name: str) -> Path:
+    """The library of `name`.cpp beside this file, compiled first if it is not there for this source and this torch.
+
+    Any number of processes may ask at once. Raises EnvironmentFault when it cannot be compiled.
+    """
+    import torch
+
+    source = Path(__file__).with_name(f"{name}.cpp")
+    digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = use_project_folder()
+    library = folder / f"herd_{name}-{digest}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder / f"herd_{name}.flock"):
+            if not library.exists():
+                require_compiler()
+                say(f"building {source.name}, about half a minute, once")
+                _compile(source, library)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{folder}: cannot be written; make it writable, or set {VARIABLE}") from error
+    return library
+
+
+def _compile(source: Path, library: Path) -> None:
+    from torch.utils import cpp_extension
+
+    _find_ninja()
+    # In a folder of its own: a killed compiler leaves no half of a library under the name that is looked for.
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                cpp_extension.load(
+                    name=library.stem,
+                    sources=[str(source)],
+                    extra_cflags=["-O2"],
+                    build_directory=place,
+                    is_python_module=False,
+                )
+        except RuntimeError as error:
+            raise EnvironmentFault(
+                f"{source.name} does not compile ({_first_error(str(error))}); "
+                "on Debian or Ubuntu: apt install g++ python3-dev"
+            ) from error
+        os.replace(Path(place) / library.name, library)
+
+
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Hold a lock that the kernel frees when its holder dies, however it dies."""
@@ -129,7 +178,7 @@ def require_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise EnvironmentFault(
-            f"no C++ compiler ({compiler}) on PATH, and DeepSpeed's CPU op must be compiled once; "
+            f"no C++ compiler ({compiler}) on PATH, and some C++ must be compiled once; "
             "on Debian or Ubuntu: apt install g++, or set CXX"
         )
 
@@ -152,5 +201,13 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def prepare_all() -> None:
+    """Everything this machine needs compiled."""
+    from herd.run import bf16_products
+
+    prepare()
+    bf16_products.install()
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main_guard(prepare))
+    sys.exit(cli.main_guard(prepare_all))

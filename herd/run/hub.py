@@ -18,6 +18,8 @@ from herd.run.files import disk_faults
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FILES = (".txt", ".json", ".jsonl", ".parquet")  # a name that ends so is a file's, though it could be an id
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TWICE = ["consolidated*", "original/*"]  # second copies of the weights, in forms that transformers does not read
 SECOND_TRY_S = 1.0
 
 
@@ -67,7 +69,7 @@ def local_folder(source: str, field: str) -> Path:
 
     try:
         with asked(f"{field} {source}", source=source):
-            return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+            return Path(snapshot_download(source, allow_patterns=WANTED, ignore_patterns=TWICE))
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"{field} {source}: no such folder, and the hub does not give it: {cause}") from error

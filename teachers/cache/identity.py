@@ -68,8 +68,17 @@ def fixed_digest(identity: Identity, codec: str) -> bytes:
 
 
 def teacher_digest(folder: Path) -> str:
-    """SHA-256 over a model folder's configuration and weights. Raises DataError when it holds no safetensors."""
-    files = sorted(folder.glob("*.safetensors"))
+    """SHA-256 over a model folder's configuration and weights. Raises DataError when it holds no safetensors.
+
+    Of several forms of the weights in one folder those count that transformers reads.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"{folder}: no *.safetensors in it; give the folder of a saved model")
     facts = [f"{path.name} {sha256(path)}" for path in [folder / "config.json", *files]]

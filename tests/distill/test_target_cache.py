@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from distill import run_record
 from distill.assembly import assemble
 from distill.loop import Loop
+from distill.session import no_trace_of_a_refusal, prepare_folder
 from herd.llama4.source import open_model
 from herd.run import checkpoints, ranks
 from herd.run import config as configuration
@@ -148,6 +149,24 @@ def test_a_run_finds_its_cache_again_under_another_experiment_and_one_begun_anew
     assert len(cache.open(tmp_path / "cache", expecting=None)) == 8
     with pytest.raises(DataError, match=r"teacher is first-\w{16} in the cache, again-\w{16} in this run; .*folder"):
         take_steps(config_for(tmp_path, *settings), again, steps=(0,))
+
+
+def test_a_refused_start_takes_its_own_cache_along_and_no_one_elses(tmp_path):
+    settings = [f"teacher.cache.path={tmp_path / 'cache'}", "run.name=one"]
+    config = config_for(tmp_path, *settings)
+    for owner, left in (("one", False), ("two", True)):
+        with pytest.raises(ConfigError, match="mend it"), no_trace_of_a_refusal(config, tmp_path / "one"):
+            for name in {"one", owner}:
+                prepare_folder(
+                    config_for(tmp_path, *settings, f"run.name={name}"),
+                    tmp_path / name,
+                    resume="never",
+                    command="distill",
+                )
+            assemble(config, tmp_path / owner).herd.close()
+            raise ConfigError("mend it")
+        assert not (tmp_path / "one").exists()
+        assert (tmp_path / "cache" / "cache.json").exists() == left
 
 
 @pytest.mark.parametrize("data", ["data={%s}", "data.sources={own: {%s}, other: {source: docs}}"])

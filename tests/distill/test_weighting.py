@@ -120,6 +120,19 @@ def test_the_lead_of_straight_curves_is_the_steps_between_them():
     assert weight.lead == pytest.approx(0.25)
 
 
+def test_steps_without_targets_count_as_time():
+    leads = []
+    for every in (1, 2, 4):
+        weight = make({"kind": "lead", "horizon": 0.1}, steps=400)
+        for step in range(0, 200):
+            if step % every:
+                weight.pass_over(step)
+            else:
+                learn(weight, [6 - 0.004 * step], [5.5 - 0.004 * step])
+        leads.append(weight.rate)
+    assert leads == pytest.approx([0.004] * 3)
+
+
 def test_the_running_gap_is_the_bias_corrected_exponential_mean():
     weight, gaps = make(SETTINGS[2]), [0.5, -0.2, 0.3]
     follow(weight, gaps)

@@ -95,7 +95,7 @@ def test_a_missing_compiler_is_exit_code_3_and_names_the_package(tmp_path: Path)
     )
     assert done.returncode == ENVIRONMENT
     assert done.stderr.splitlines()[-1] == (
-        "error: no C++ compiler (no-such-compiler) on PATH, and DeepSpeed's CPU op must be compiled once; "
+        "error: no C++ compiler (no-such-compiler) on PATH, and some C++ must be compiled once; "
         "on Debian or Ubuntu: apt install g++, or set CXX"
     )
 
