@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bf16_products.py [--rounds 7]
 
 Forward products (times a transposed weight) and those of a gradient (times the weight), of one row up to 2048, with a
-nano weight and a larger one. CPU seconds: medians of the rounds, the range of the paired ratios. Writes results/bf16_products.json.
+nano weight and a larger one. CPU seconds: medians of the rounds, and the range of the paired ratios. Writes
+results/bf16_products.json.
 """
 
 import argparse
