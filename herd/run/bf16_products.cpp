@@ -16,7 +16,7 @@ using at::Scalar;
 using at::Tensor;
 
 // Elements of a factor that exist in fp32 at one time. The right one's are small enough to stay in cache.
-constexpr int64_t LEFT = 1 << 22, RIGHT = 1 << 18, NARROWEST = 64;
+constexpr int64_t LEFT = 1 << 21, RIGHT = 1 << 18, TALLEST = 2048, NARROWEST = 64;
 // So few rows times a transposed matrix are dot products, for which torch's own kernel need not copy the matrix.
 constexpr int64_t DOTS = 2;
 
@@ -35,21 +35,40 @@ std::vector<int64_t> shape_of(const Tensor& left, const Tensor& right) {
   return shape;
 }
 
+// Memory of one thread that is used again by every product: fresh pages cost as much as what is written to them.
+struct Scratch {
+  Tensor memory;
+
+  Tensor view(int64_t rows, int64_t columns, bool flipped = false) {
+    if (!memory.defined() || memory.numel() < rows * columns) memory = at::empty({rows * columns}, at::kFloat);
+    return flipped ? memory.as_strided({rows, columns}, {1, rows}) : memory.as_strided({rows, columns}, {columns, 1});
+  }
+
+  Tensor exact(const Tensor& part) {
+    return view(part.size(0), part.size(1), part.stride(0) < part.stride(1)).copy_(part);
+  }
+};
+thread_local Scratch of_left, of_right, of_product;
+
 // out_MN = beta * added_MN + alpha * left_MK @ right_KN, without added where it is undefined. `out` may be `added`.
 void multiply(const Tensor& out, const Tensor& added, const Tensor& left, const Tensor& right, const Scalar& beta,
               const Scalar& alpha) {
   const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1), N = right.size(1);
-  const int64_t tall = std::max<int64_t>(LEFT / K, 1), wide = std::max<int64_t>(RIGHT / K, NARROWEST);
+  const int64_t tall = std::clamp<int64_t>(LEFT / K, 1, TALLEST), wide = std::max<int64_t>(RIGHT / K, NARROWEST);
   for (int64_t row = 0; row < M; row += tall) {
     const int64_t rows = std::min(tall, M - row);
-    const Tensor exact_left = left.narrow(0, row, rows).to(at::kFloat);
+    const Tensor exact_left = of_left.exact(left.narrow(0, row, rows));
     for (int64_t column = 0; column < N; column += wide) {
       const int64_t columns = std::min(wide, N - column);
       const auto part = [&](const Tensor& whole) { return whole.narrow(0, row, rows).narrow(1, column, columns); };
-      const Tensor exact_right = right.narrow(1, column, columns).to(at::kFloat);
-      const Tensor exact = added.defined()
-          ? at::cpu::addmm(part(added).to(at::kFloat), exact_left, exact_right, beta, alpha)
-          : at::cpu::mm(exact_left, exact_right);
+      const Tensor exact_right = of_right.exact(right.narrow(1, column, columns));
+      Tensor exact = of_product.view(rows, columns);
+      if (added.defined()) {
+        exact.copy_(part(added));
+        at::cpu::addmm_(exact, exact_left, exact_right, beta, alpha);
+      } else {
+        at::cpu::mm_out(exact, exact_left, exact_right);
+      }
       part(out).copy_(exact);
     }
   }
