@@ -1,16 +1,18 @@
 """Matrix products of bf16 tensors on CPUs that have no instruction for them: multiplied in fp32, rounded once.
 
     install()       # before a model is used; nothing happens where the CPU has them
+    python -m herd.run.bf16_products        only compile them (set-up does)
 
 Without AVX-512 torch multiplies bf16 in plain loops, up to 50 times slower than fp32. This is what a bf16 unit does
 (exact products, sums in fp32, one rounding) at the speed of fp32, for whatever code multiplies: bf16_products.cpp.
 """
 
+import sys
 from functools import cache
 
 import torch
 
-from herd.run import extensions
+from herd.run import cli, extensions
 
 
 def are_slow() -> bool:
@@ -33,3 +35,7 @@ def replace(on: bool) -> None:
     """Do it on any CPU, or give torch its own back; for comparisons."""
     torch.ops.load_library(str(extensions.compiled("bf16_products")))
     torch.ops.herd_bf16_products.replace(on)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main_guard(install))

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -202,11 +203,11 @@ def say(line: str) -> None:
 
 
 def prepare_all() -> None:
-    """Everything this machine needs compiled."""
-    from herd.run import bf16_products
-
-    prepare()
-    bf16_products.install()
+    """Everything this machine needs compiled, two at a time."""
+    with subprocess.Popen([sys.executable, "-m", "herd.run.bf16_products"]) as ours:
+        prepare()
+    if ours.returncode:
+        sys.exit(ours.returncode)
 
 
 if __name__ == "__main__":
