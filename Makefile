@@ -13,7 +13,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 # (several GB); TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small one.
 TORCH = $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 TORCH_INDEX ?=
-# Compiling to bytecode is left to compileall, which takes all cores: a minute and a half less on two.
+# Compiling to bytecode is left to whatever imports: most of it never is, and that is a third of the time.
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -78,7 +78,6 @@ clean: ## Remove what set-up and tools made; runs/ and mlruns/ stay
 	@$(PIP) $(TORCH) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@echo "[3/4] the other packages (a few minutes the first time)"
 	@$(PIP) --editable '.[dev]'
-	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # some packages hold files of other Pythons
 	@touch $@
 
 .cache/.compiled: .venv/.installed

@@ -169,7 +169,7 @@ def test_a_refused_start_takes_its_own_cache_along_and_no_one_elses(tmp_path):
         assert (tmp_path / "cache" / "cache.json").exists() == left
 
 
-@pytest.mark.parametrize("data", ["data={%s}", "data.sources={own: {%s}, other: {source: docs}}"])
+@pytest.mark.parametrize("data", ["data=BODY", "data.sources={own: BODY, other: TEXT}"])
 def test_the_printed_command_makes_the_missing_rows_also_of_a_teacher_on_the_hub(
     data, tmp_path, teacher_folder, monkeypatch, capsys
 ):
@@ -179,16 +179,18 @@ def test_the_printed_command_makes_the_missing_rows_also_of_a_teacher_on_the_hub
     refs.mkdir()
     (refs / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    texts = tmp_path / "some texts"
-    texts.mkdir()
-    for name in "abcdefgh":
-        line = json.dumps({"body": f"The llama {name} ate leaves and slept. " * 60})
-        (texts / f"{name}.jsonl").write_text(f"{line}\n" * 4)
+    for field in ("body", "text"):
+        texts = tmp_path / f"some {field}"
+        texts.mkdir()
+        for name in "abcdefgh":
+            line = json.dumps({field: f"The llama {name} ate the {field} and slept. " * 60})
+            (texts / f"{name}.jsonl").write_text(f"{line}\n" * 4)
+        data = data.replace(field.upper(), f"{{source: {texts}, text_field: {field}}}")
     settings = [
         "teacher.overrides={}",
         "teacher.source=org/teacher",
         f"teacher.cache.path={tmp_path / 'a cache'}",
-        data % f"source: {texts}, text_field: body",
+        data,
         "data.sequence_length=128",
         "data.heldout_rows=4",
     ]

@@ -63,15 +63,18 @@ def test_prompts_and_steps_compute_what_the_reference_path_computes(exports, tok
 
 
 @pytest.mark.parametrize("name, scheme", [("scout", "int4"), ("maverick", "fp8"), ("llama", "int4")])
-def test_generate_gives_the_reference_paths_tokens(exports, tokens_BT, name, scheme):
+def test_generate_gives_tokens_that_the_reference_path_gives_but_for_ties(exports, tokens_BT, name, scheme):
     prompt_1T = tokens_BT[:1, :12]
     settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.inference_mode():
-        wanted = load_reference(exports[name, scheme]).generate(prompt_1T, **settings)
+        reference = load_reference(exports[name, scheme])
         found = load(exports[name, scheme], kernel_rows=8).generate(prompt_1T, **settings)
         beams = load(exports[name, scheme], kernel_rows=8).generate(prompt_1T, **settings, num_beams=3)
-    assert torch.equal(found, wanted)
-    assert beams.shape == wanted.shape
+        scores_TV = reference(found).logits[0, 11:-1].float()
+    best_T, given_T = scores_TV.amax(1), scores_TV.gather(1, found[0, 12:, None])[:, 0]
+    # Other kernels add in another order: where two tokens are level within bf16's last bits, either may come first.
+    assert len(given_T) == 40 and (best_T - given_T <= 2**-6 * best_T.abs()).all()
+    assert beams.shape == found.shape
 
 
 @pytest.mark.parametrize("name", BUILDERS)
