@@ -80,7 +80,7 @@ def open_writing(
     teacher = trained_as(run_folder) if trains else teacher_digest(hub.local_folder(source, "teacher.source"))
     first, *others = _identities(config, tokenizer, corpus, vocabulary=vocabulary, teacher=teacher)
     model = str(run_folder / "teacher") if trains else source
-    facts = cache.facts(model, settings.path, config.data, part="train")
+    facts = cache.facts(model, config.data, part="train")
     made = cache.create(settings.path, first, settings.codec, facts=facts)
     for identity in others:
         made = cache.create(settings.path, identity, settings.codec, more_data=True)

@@ -67,13 +67,13 @@ def read_config(
 
 
 def _check_existing(source: str, overrides: Mapping[str, Any] | None) -> None:
+    if not Path(source).is_dir() and not (hub.is_id(source) and "/" in source):
+        raise ConfigError(f"model source {source!r}: no such spec or folder; specs are {', '.join(SPECS)}")
     if overrides:
         raise ConfigError(
             f"overrides = {dict(overrides)}: only a model built from a spec can be changed, {source} exists already; "
             "remove the overrides or name a spec"
         )
-    if not Path(source).is_dir() and not (hub.is_id(source) and "/" in source):
-        raise ConfigError(f"model source {source!r}: no such spec or folder; specs are {', '.join(SPECS)}")
 
 
 def _unreadable(source: str, error: Exception) -> DataError:

@@ -44,9 +44,9 @@ def create(
 ) -> Cache:
     """Make a cache, or go on with the one in `folder` if it is of the same identity, codec and seed.
 
-    `more_data`: rows of another corpus may join those that are there. `facts` are kept for people; `facts["complete"]`
-    is the command that a reader names where rows are missing. Raises ConfigError for a codec that does not fit,
-    DataError for a folder of another identity.
+    `more_data`: rows of another corpus may join those that are there. `facts` (of `cache.facts`) say what the command
+    must name that makes missing rows. Raises ConfigError for a codec that does not fit, DataError for a folder of
+    another identity.
     """
     folder = Path(folder)
     missing = [name for name, value in asdict(identity).items() if value is None]

@@ -48,6 +48,17 @@ class Manifest:
         content["checksum"] = _checksum(content)
         write_atomic(folder / FILE, json.dumps(content, indent=1) + "\n")
 
+    def completing_command(self, folder: Path) -> str:
+        """What makes the rows that the cache in `folder` lacks; for data of several named sources one command each.
+
+        All else is read from here and from the teacher's folder.
+        """
+        options = ["--model", self.facts.get("model", "TEACHER"), "--out", str(folder)]
+        options += ["--part", self.facts.get("part", "train"), "--complete"]
+        sources = self.facts.get("data_config", {}).get("sources", {})
+        every = [[*options, "--data", name] for name in sources] or [options]
+        return " && ".join(shlex.join(["python", "-m", "teachers", "cache", *words]) for words in every)
+
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Raises DataError when there is none, when it is of another schema, or when a byte of it changed."""
@@ -67,18 +78,9 @@ class Manifest:
         return cls(identity=Identity(**content.pop("identity")), **content)
 
 
-def facts(model: str, folder: Path, data: Data, *, part: str) -> dict[str, Any]:
-    """Of which model and data a cache is, and the command that makes the rows it lacks: for data of several named
-    sources one command each. It reads all else here and in the teacher's folder."""
-    words = ["--model", model, "--out", str(folder), "--part", part, "--complete"]
-    command = ["python", "-m", "teachers", "cache", *words]
-    commands = [[*command, "--data", name] for name in data.sources] or [command]
-    return {
-        "complete": " && ".join(map(shlex.join, commands)),
-        "model": model,
-        "data_config": data.model_dump(mode="json"),
-        "part": part,
-    }
+def facts(model: str, data: Data, *, part: str) -> dict[str, Any]:
+    """Of which teacher, in a folder or on the hub, and of which rows a cache is."""
+    return {"model": model, "data_config": data.model_dump(mode="json"), "part": part}
 
 
 MEND = "restore it from a copy, or make the cache again"

@@ -125,7 +125,7 @@ class Reader:
 
     def _missing_line(self, keys_B: torch.Tensor, missing_B: np.ndarray) -> str:
         first = int(keys_B[int(np.flatnonzero(missing_B)[0])])
-        command = self.manifest.facts.get("complete", f"python -m teachers cache --complete --out {self.folder}")
+        command = self.manifest.completing_command(self.folder)
         return (
             f"cache {self.folder}: {int(missing_B.sum())} of the {len(missing_B)} rows asked for have no target "
             f"(first key {first}; the cache has {len(self):,} rows); make them with: {command}"

@@ -145,6 +145,6 @@ def verify_digest(shard: Shard) -> None:
 
 def damage(path: Path, place: int, what: str) -> DataError:
     return DataError(
-        f"{path} is damaged at byte {place:,}: {what}; delete that file and make its rows again with "
-        "python -m teachers cache --complete"
+        f"{path} is damaged at byte {place:,}: {what}; delete that file, and make its rows again with the command that "
+        f"python -m teachers inspect {path.parent} then ends with"
     )

@@ -36,9 +36,9 @@ def verify(folder: Path) -> Verification:
     for path in paths:
         try:
             shard = shards.open_shard(path, manifest.digest)
+            opened.append(shard)  # its records are read in any case: they know where the damage is
             if path.suffix == shards.SEALED:
                 shards.verify_digest(shard)
-            opened.append(shard)
         except DataError as fault:
             faults.append(str(fault))
     reader = Reader(folder, manifest, opened)

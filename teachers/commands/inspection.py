@@ -38,8 +38,9 @@ def inspect(folder: Path, *, rows: int) -> dict[str, Any]:
         "bytes_per_token": size / max(tokens, 1),
         "shards": len(paths),
         "unsealed_shards": sum(path.suffix == shards.OPEN for path in paths),
-        "teacher_steps": [int(reader.steps_N.min(initial=0)), int(reader.steps_N.max(initial=0))],
+        "teacher_steps": [int(reader.steps_N.min()), int(reader.steps_N.max())] if len(reader) else [0, 0],
         "facts": manifest.facts,
+        "complete": manifest.completing_command(folder),
     }
     if kept:
         decoded = sum(len(row.entropy_T) for row in kept)
@@ -75,7 +76,6 @@ def to_text(found: dict[str, Any]) -> str:
         )
         lines["teacher"] += f"; entropy {found['teacher_entropy']:.3f} nats, cross-entropy {found['teacher_ce']:.3f}"
         lines["means over"] = f"{found['rows_decoded']} rows"
-    if found["facts"].get("complete"):
-        lines["complete with"] = found["facts"]["complete"]
+    lines["complete with"] = found["complete"]
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

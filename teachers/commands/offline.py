@@ -80,7 +80,7 @@ def run(options: Options, *, command: str) -> None:
 
 def facts_of(options: Options, job: Job) -> dict[str, Any]:
     """What people want to know of a cache, and the command that completes it."""
-    return cache.facts(options.model, options.out, options.data, part=options.part) | {
+    return cache.facts(options.model, options.data, part=options.part) | {
         "teacher_name": read_lineage(job.folder).get("name", job.folder.name),
         "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

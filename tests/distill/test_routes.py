@@ -241,7 +241,7 @@ def test_one_teachers_cache_over_several_sources_has_the_data_of_each(tmp_path, 
     parts.herd.close()
     manifest = cache.open(tmp_path / "all", expecting=None).manifest
     assert manifest.data == [own.fingerprint for own in parts.corpus.corpora.values()]
-    assert manifest.facts["complete"].count("--data") == 3
+    assert manifest.completing_command(tmp_path / "all").count("--data") == 3
     read = config_for(tmp_path, texts, settings.replace("frozen", "cached"))
     parts = assemble(read, tmp_path)
     assert parts.herd.take_step(step_batches(read, parts, 0), 0)["student/scout/alpha"] == 0.5

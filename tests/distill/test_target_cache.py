@@ -20,6 +20,7 @@ from herd.run.tracking import open_tracker
 from teachers import cache
 from teachers.__main__ import main
 from teachers.cache.writer import Writer
+from teachers.commands.inspection import inspect
 
 SMALL = [
     "run.name=t",
@@ -135,6 +136,7 @@ def test_a_teacher_that_trains_renews_its_rows_and_says_at_which_step(tmp_path):
     take_steps(config, tmp_path, steps=(0, 1, 2))
     reader = cache.open(path, expecting=None)
     assert sorted(set(reader.steps_N.tolist())) == [2, 3] and len(reader) == 8
+    assert inspect(path, rows=1)["teacher_steps"] == [2, 3]
     take_steps(config, tmp_path, steps=(2,))
     assert len(cache.open(path, expecting=None)) == 8
 
@@ -196,7 +198,7 @@ def test_the_printed_command_makes_the_missing_rows_also_of_a_teacher_on_the_hub
     ]
     take_steps(config_for(tmp_path, "teacher.mode=frozen", *settings), tmp_path, steps=(0,))
     reader = cache.open(tmp_path / "a cache", expecting=None)
-    for command in reader.manifest.facts["complete"].split(" && "):
+    for command in reader.manifest.completing_command(reader.folder).split(" && "):
         words = shlex.split(command)
         assert words[:3] == ["python", "-m", "teachers"]
         assert main([*words[3:], "--no-tracking"]) == 0, capsys.readouterr().err

@@ -87,12 +87,13 @@ def test_of_two_records_of_a_row_the_one_of_the_later_step_is_read(tmp_path):
 
 def test_missing_rows_are_counted_and_the_command_that_makes_them_is_named(tmp_path):
     rows = Rows(6)
-    opened = cache.create(tmp_path, IDENTITY, "head_and_tail=4", facts={"complete": "make them so"})
+    opened = cache.create(tmp_path, IDENTITY, "head_and_tail=4", facts={"model": "a teacher"})
     with opened.writer() as writer:
         rows.write(writer, slice(0, 4))
     reader = cache.open(tmp_path, expecting=IDENTITY)
     assert reader.missing(rows.keys_B).tolist() == [False] * 4 + [True] * 2
-    with pytest.raises(DataError, match=r"2 of the 6 rows asked for have no target .* make them with: make them so"):
+    command = rf"python -m teachers cache --model 'a teacher' --out {tmp_path} --part train --complete"
+    with pytest.raises(DataError, match=rf"2 of the 6 rows asked for have no target .* make them with: {command}"):
         reader.targets(rows.keys_B, rows.input_ids_BT)
     targets = reader.targets(rows.keys_B, rows.input_ids_BT, allow_missing=True)
     assert targets.present_T.view(6, LENGTH).all(1).tolist() == [True] * 4 + [False] * 2
