@@ -13,7 +13,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 # (several GB); TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small one.
 TORCH = $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 TORCH_INDEX ?=
-# Compiling to bytecode is left to whatever imports: most of it never is, and that is a third of the time.
+# Compiling to bytecode is left to whatever imports: most modules never are, and it was half the time.
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import quant.runtime.loading
 from herd.llama4 import use_sparse_experts
-from herd.run import bf16_products
+from herd.llama4.source import open_model
 from quant.runtime.generation import Stream
 
 
@@ -43,8 +43,7 @@ def load(peer: str, folder: str) -> PreTrainedModel:
     """The model of a peer: `int4`, `int4-stream`, `bf16-sparse`, or `bf16`."""
     if peer.startswith("int4"):
         return quant.runtime.loading.load(folder)
-    bf16_products.install()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = open_model(folder, dtype=torch.bfloat16).eval()
     return use_sparse_experts(model) if peer == "bf16-sparse" else model
 
 

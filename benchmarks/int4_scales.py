@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from herd.data.corpora import open_corpus
-from herd.run import bf16_products
+from herd.llama4.source import open_model
 from herd.run.schema import Data
 from quant.formats.grid import Grid, Parameters
 from quant.formats.grid_search import Rounding, search_groups
@@ -129,8 +129,7 @@ def log_probabilities(model: PreTrainedModel, rows_NT: Tensor) -> Tensor:
 
 def measure(options: argparse.Namespace) -> list[dict]:
     """One row a group size and recipe: KL to the bf16 model over all draws."""
-    bf16_products.install()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, local_files_only=True).eval()
+    model = open_model(str(options.model), dtype=torch.bfloat16).eval()
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows_NT = heldout_rows(options.model, options.rows, options.row_tokens)
     found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}

@@ -145,17 +145,14 @@ def compare(folder: Path, options: argparse.Namespace, dtype: str) -> dict[str, 
 def load_models(folder: Path, dtype: str) -> dict[str, Any]:
     """transformers' models to compare with, by name; a quantised folder through `quant.load`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     import quant
     from herd.llama4 import use_sparse_experts
-    from herd.run import bf16_products
+    from herd.llama4.source import open_model
 
     if is_quantised(folder):
         return {"transformers": quant.load(folder)}
-    bf16_products.install()
-    load = AutoModelForCausalLM.from_pretrained
-    dense, sparse = (load(folder, dtype=getattr(torch, dtype), local_files_only=True).eval() for _ in range(2))
+    dense, sparse = (open_model(str(folder), dtype=getattr(torch, dtype)).eval() for _ in range(2))
     if not is_llama4(folder):
         return {"transformers": dense}
     chunk = dense.config.attention_chunk_size

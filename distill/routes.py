@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.target_cache import open_cached, open_writing
-from herd.data.corpora import MixedCorpus
+from herd.data.corpora import Corpus, MixedCorpus
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config
 from teachers.cached import CachedTeacher
@@ -37,17 +37,25 @@ def open_routes(
         if same not in models:
             models[same] = open_teacher(alone, label)
         with naming(label):
-            model, own = models[same], corpus.corpora[name]
-            if alone.teacher.mode == "cached":
-                routes[place] = Route(name, open_cached(alone, tokenizer, own, model))
-                continue
-            writing = None
-            if alone.teacher.cache is not None:
-                vocabulary = model.config.get_text_config().vocab_size
-                writing = open_writing(alone, run_folder, tokenizer, own, vocabulary)
-            routes[place] = Route(name, FrozenTeacher(model), writing)
+            routes[place] = _open_route(alone, run_folder, name, tokenizer, corpus.corpora[name], models[same])
     _check_tails(routes)
     return RoutedTeacher(routes)
+
+
+def _open_route(
+    alone: Config,
+    run_folder: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    model: PreTrainedModel | None,
+) -> Route:
+    if alone.teacher.mode == "cached":
+        return Route(name, open_cached(alone, tokenizer, corpus, model))
+    writing = None
+    if alone.teacher.cache is not None:
+        writing = open_writing(alone, run_folder, tokenizer, corpus, model.config.get_text_config().vocab_size)
+    return Route(name, FrozenTeacher(model), writing)
 
 
 def _check_tails(routes: dict[int, Route]) -> None:

@@ -45,7 +45,7 @@ def open_cached(
     """Targets read from `teacher.cache.path`; `model` is the live teacher that completes it, None without one.
 
     Raises DataError for a cache of another tokenizer, sequence length, temperature or data, or damaged; and of another
-    teacher than `teacher.source`, where that is a folder.
+    teacher than `teacher.source`, where that is a folder, or on the hub and completes the cache.
     """
     settings, source = config.teacher.cache, config.teacher.source
     teacher = None

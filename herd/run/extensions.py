@@ -64,7 +64,7 @@ def prepare() -> None:
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.name, False):
         return  # not Linux: DeepSpeed goes without it too
     build_folder = folder / builder.name
-    try:
+    with _faults_told("DeepSpeed's CPU op", folder):
         build_folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(folder / f"{builder.name}.flock"):
             clear_stale_lock(build_folder)
@@ -74,13 +74,6 @@ def prepare() -> None:
             _find_ninja()
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.load(verbose=False)
-    except PermissionError as error:
-        raise EnvironmentFault(f"{folder}: cannot be written; make it writable, or set {VARIABLE}") from error
-    except RuntimeError as error:
-        raise EnvironmentFault(
-            f"DeepSpeed's CPU op does not compile ({_first_error(str(error))}); "
-            "on Debian or Ubuntu: apt install g++ python3-dev"
-        ) from error
 
 
 def compiled(name: str) -> Path:
@@ -94,15 +87,13 @@ def compiled(name: str) -> Path:
     digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     folder = use_project_folder()
     library = folder / f"herd_{name}-{digest}.so"
-    try:
+    with _faults_told(source.name, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(folder / f"herd_{name}.flock"):
             if not library.exists():
                 require_compiler()
                 say(f"building {source.name}, about half a minute, once")
                 _compile(source, library)
-    except PermissionError as error:
-        raise EnvironmentFault(f"{folder}: cannot be written; make it writable, or set {VARIABLE}") from error
     return library
 
 
@@ -112,21 +103,28 @@ def _compile(source: Path, library: Path) -> None:
     _find_ninja()
     # In a folder of its own: a killed compiler leaves no half of a library under the name that is looked for.
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cpp_extension.load(
-                    name=library.stem,
-                    sources=[str(source)],
-                    extra_cflags=["-O2"],
-                    build_directory=place,
-                    is_python_module=False,
-                )
-        except RuntimeError as error:
-            raise EnvironmentFault(
-                f"{source.name} does not compile ({_first_error(str(error))}); "
-                "on Debian or Ubuntu: apt install g++ python3-dev"
-            ) from error
+        with contextlib.redirect_stdout(io.StringIO()):
+            cpp_extension.load(
+                name=library.stem,
+                sources=[str(source)],
+                extra_cflags=["-O2"],
+                build_directory=place,
+                is_python_module=False,
+            )
         os.replace(Path(place) / library.name, library)
+
+
+@contextlib.contextmanager
+def _faults_told(what: str, folder: Path) -> Iterator[None]:
+    """Name what cannot be built in `folder`, and the mend."""
+    try:
+        yield
+    except PermissionError as error:
+        raise EnvironmentFault(f"{folder}: cannot be written; make it writable, or set {VARIABLE}") from error
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"{what} does not compile ({_first_error(str(error))}); on Debian or Ubuntu: apt install g++ python3-dev"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def test_generate_gives_tokens_that_the_reference_path_gives_but_for_ties(export
     best_T, given_T = scores_TV.amax(1), scores_TV.gather(1, found[0, 12:, None])[:, 0]
     # Other kernels add in another order: where two tokens are level within bf16's last bits, either may come first.
     assert len(given_T) == 40 and (best_T - given_T <= 2**-6 * best_T.abs()).all()
+    assert (given_T == best_T).sum() >= 36
     assert beams.shape == found.shape
 
 
