@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 from distill.export_plans import check_export_plans
 from distill.features import build_features
 from distill.losses.chunks import chunk_of
+from distill.target_cache import check_caches
 from herd.data.corpora import check_source
 from herd.data.tokenizer import check_path
 from herd.llama4.plan import Plan, Setup, experts_divisible, plan, tokens_per_day
@@ -31,6 +32,7 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
     check_source(config.data)
     if config.tokenizer.path is not None:
         check_path(config.tokenizer.path)
+    check_caches(config)
     plans = plan_run(config, world_size=world_size)
     print(dump(config))
     show_plans(config, plans, world_size=world_size, mfu=mfu)

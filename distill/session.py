@@ -32,6 +32,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
     Raises ConfigError, DataError, NumericalError, EnvironmentFault (DiskFull; the folder was deleted) or Interrupted,
     with MLflow told how it ended.
     """
+    target_cache.check_caches(config)
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name

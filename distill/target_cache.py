@@ -14,14 +14,30 @@ from herd.data.corpora import Corpus, MixedCorpus
 from herd.data.tokenizer import tokenizer_digest
 from herd.llama4.source import is_spec
 from herd.run import hub, ranks
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config
 from teachers import cache
 from teachers.cache import Identity
+from teachers.cache.codecs import parse
 from teachers.cache.identity import check, names_of_teacher, teacher_digest
 from teachers.cache.manifest import FILE, Manifest
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
+
+
+def check_caches(config: Config) -> None:
+    """What can be refused of `teacher.cache`, of every route too, without a model: its codec, and one that is read."""
+    given = {"teacher.cache": config.teacher.cache}
+    given |= {f"teacher.routes.{name}.cache": route.cache for name, route in config.teacher.routes.items()}
+    for field, settings in given.items():
+        if settings is None:
+            continue
+        if config.teacher.mode != "cached":
+            parse(settings.codec, said=f"{field}.codec =")
+        elif not (settings.path / FILE).is_file():
+            raise DataError(
+                f"{field}.path = {settings.path}: no {FILE} in it; name the folder that python -m teachers cache wrote"
+            )
 
 
 def trained_as(run_folder: Path) -> str:

@@ -38,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(arguments: argparse.Namespace) -> None:
     data = _check(arguments)
-    if arguments.dry_run:
-        print(json.dumps(_plan(arguments, data), indent=2))
-        return
     # Libraries print to stdout as they please; ours carries the result only.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _run(arguments, data)
+        rows = _open(arguments, data)
+        result = None if arguments.dry_run else _run(arguments, rows)
+    if result is None:
+        print(json.dumps(_plan(arguments, data, rows), indent=2))
+        return
     if arguments.json:
         print(json.dumps(result.entry(), indent=2))
     else:
@@ -68,17 +69,18 @@ def _parser() -> cli.Parser:
     add("--control", action="store_true", help="record it as the student of that name trained without a teacher")
     add("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     add("--out", type=Path, metavar="FILE", help="evals.json to add the result to (it is in runs/evaluations/ as well)")
-    add("--dry-run", action="store_true", help="print what would be evaluated on what, stop")
+    add("--dry-run", action="store_true", help="look at model and text, print what would be evaluated on what, stop")
     add("--experiment", default=Tracking().experiment, metavar="NAME", help="MLflow experiment (herd)")
     add("--no-tracking", action="store_true", help="do not track this command in MLflow")
     return parser
 
 
-def _plan(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    options = ("model", "against", "rows", "micro_rows", "decode_tokens", "device")
+def _plan(arguments: argparse.Namespace, data: Data, rows: "Rows") -> dict[str, Any]:
+    options = ("model", "against", "micro_rows", "decode_tokens", "device")
     chosen = {name: getattr(arguments, name) for name in options}
     return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()} | {
-        "tokens": arguments.rows * data.sequence_length,
+        "rows": len(rows.input_ids_NT),
+        "tokens": rows.input_ids_NT.numel(),
         "data": data.model_dump(mode="json"),
     }
 
@@ -100,21 +102,27 @@ def _check(arguments: argparse.Namespace) -> Data:
     return data_of(arguments.model, source=arguments.data, sequence_length=arguments.sequence_length)
 
 
-def _run(arguments: argparse.Namespace, data: Data) -> "Result":
-    from transformers.utils import logging
-
-    from evals.evaluation import evaluate
+def _open(arguments: argparse.Namespace, data: Data) -> "Rows":
+    """Everything that can be refused before a model is loaded; returns the rows it will be evaluated on."""
     from evals.heldout import rows_from
     from evals.loading import check_folder
     from evals.result import read_entries
     from herd.run.devices import check_device
 
-    logging.disable_progress_bar()
     check_device(arguments.device, said=f"--device {arguments.device}")
     if arguments.out is not None:
         read_entries(arguments.out)  # a file that is something else is refused before the work, not after
-    check_folder(arguments.model)
-    rows = rows_from(data, arguments.model, rows=arguments.rows)
+    for folder in filter(None, (arguments.model, arguments.against)):
+        check_folder(folder)
+    return rows_from(data, arguments.model, rows=arguments.rows)
+
+
+def _run(arguments: argparse.Namespace, rows: "Rows") -> "Result":
+    from transformers.utils import logging
+
+    from evals.evaluation import evaluate
+
+    logging.disable_progress_bar()
     result = evaluate(
         arguments.model,
         rows=rows,

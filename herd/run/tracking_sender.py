@@ -222,7 +222,8 @@ class Sender:
             else:
                 if run.info.lifecycle_stage == "active":
                     return run
-            print(f"warning: MLflow run {self.record.runs.pop(key)} is gone; a new one is started", file=sys.stderr)
+            lost = f"MLflow run {self.record.runs.pop(key)} is not in {store.shown(self.uri)} (any more)"
+            print(f"warning: {lost}; a new one is started", file=sys.stderr)
         found = self.client.search_runs([self._experiment()], filter_string=f"tags.`herd.run` = '{self._token(key)}'")
         return found[0] if found else None
 

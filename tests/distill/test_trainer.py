@@ -300,6 +300,25 @@ def test_a_dry_run_refuses_what_is_not_there_as_the_run_does(override, line, tmp
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("overrides", "error", "line"),
+    [
+        (["teacher.cache={path: c, codec: best=3}"], ConfigError, r"^teacher\.cache\.codec = best=3: must be one of"),
+        (["teacher.mode=cached", "teacher.cache={path: c}"], DataError, r"^teacher\.cache\.path = c: no cache\.json"),
+    ],
+)
+def test_a_dry_run_refuses_a_cache_as_the_run_does(overrides, error, line, tmp_path, capsys, monkeypatch):
+    config = small_config(tmp_path, *overrides)
+    monkeypatch.chdir(tmp_path)
+    for refused in (
+        lambda: show(config, world_size=1, mfu=0.4),
+        lambda: session.run(config, resume="never", command=""),
+    ):
+        with pytest.raises(error, match=line):
+            refused()
+    assert capsys.readouterr().out == "" and not any(tmp_path.iterdir())
+
+
 def test_a_dry_run_asks_nobody_about_what_may_be_on_the_hub(tmp_path, capsys):
     show(small_config(tmp_path, "data.source=some/texts", "tokenizer.path=some/model"), world_size=1, mfu=0.4)
     assert "data:\n  source: some/texts" in capsys.readouterr().out
