@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 import sweeps
+from benchmarks import quality
 from herd.run import config
 from herd.run.files import write_atomic
 from sweeps import settings, storages
@@ -31,6 +32,12 @@ PRUNERS = (
     Pruner(kind="hyperband", factor=3),
     Pruner(kind="median"),
 )
+TEACHER = (
+    "run.steps=400", "run.checkpoint_every=400", "run.evaluate_every=400",
+    "data.sequence_length=128", "data.heldout_rows=64", "tokenizer.vocab_size=1024", "batch.rows=4",
+    "students.behemoth.overrides="
+    "{hidden_size: 128, intermediate_size: 128, intermediate_size_mlp: 256, num_local_experts: 4}",
+)  # fmt: skip
 Curve = dict[int, float]
 
 
@@ -106,6 +113,8 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     storages.quiet()
+    quality.RUNS.mkdir(parents=True, exist_ok=True)
+    quality.distill("configs/experiments/teacher.yaml", "pruning-teacher", TEACHER)
     pruned = settings.load(STUDY)
     whole = settings.load(STUDY, ["pruner={kind: none}", "repeats.seeds=0", f"name={pruned.name}-unpruned"])
     for study in (whole, pruned):

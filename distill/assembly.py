@@ -66,15 +66,6 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     micro_rows, accumulation = split_batch(config, ranks.world_size())
     corpus = open_corpus(config.data)
     tokenizer = open_run_tokenizer(config, corpus)
-    rows = open_rows(config, tokenizer, "train", corpus=corpus)
-    heldout = fixed_batches(
-        config.data,
-        tokenizer,
-        "heldout",
-        rows=config.data.heldout_rows,
-        rows_per_batch=micro_rows,
-        corpus=corpus,
-    )
 
     def open_teacher(config: Config, name: str) -> PreTrainedModel | None:
         return _open(config, name, config.teacher, tokenizer) if runs_a_teacher(config) else None
@@ -85,6 +76,16 @@ def assemble(config: Config, run_folder: Path) -> Assembly:
     for name, model in student_models.items():
         check_export_plans(name, config.students[name], model)
 
+    # After the models: rows too long for one are refused by it, not by what little text there is.
+    rows = open_rows(config, tokenizer, "train", corpus=corpus)
+    heldout = fixed_batches(
+        config.data,
+        tokenizer,
+        "heldout",
+        rows=config.data.heldout_rows,
+        rows_per_batch=micro_rows,
+        corpus=corpus,
+    )
     learners = student_models | ({"teacher": teacher_model} if config.teacher.mode == "codistill" else {})
     transferred = {name: carry_over(config, name, model) for name, model in learners.items()}
     features = {

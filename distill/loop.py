@@ -18,7 +18,7 @@ from distill.tally import HISTOGRAM_NAMES
 from distill.weighting import entropy_bins
 from herd.data.batches import Batch
 from herd.run import checkpoints, files, randomness, ranks
-from herd.run.errors import Interrupted
+from herd.run.errors import Interrupted, NumericalError
 from herd.run.progress import Progress
 from herd.run.schema import Config
 from herd.run.tracking import Tracker
@@ -84,7 +84,10 @@ class Loop:
             world=ranks.world_size(),
         )
         fetched = time.perf_counter() - started
-        metrics = self.herd.take_step(batches, position.step) | {"time/data_s": fetched}
+        try:
+            metrics = self.herd.take_step(batches, position.step) | {"time/data_s": fetched}
+        except NumericalError as error:
+            raise NumericalError(f"{error}; {self._way_back()}") from error
         position.step += 1
         position.tokens += batch.rows * self.config.data.sequence_length
         metrics["tokens_per_s"] = batch.rows * self.config.data.sequence_length / (time.perf_counter() - started)
@@ -97,6 +100,11 @@ class Loop:
                 for name, pupil in self.herd.pupils.items():
                     pupil.weighting.see_heldout(own_steps, heldout[f"heldout/{name}"])
         return metrics
+
+    def _way_back(self) -> str:
+        good = checkpoints.latest(self.run_folder)
+        start = "there is no checkpoint yet: start anew" if good is None else f"start from {good} (--resume)"
+        return f"{start} under a new run.name with a lower optim.lr or more optim.warmup"
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss in nats per token of every model, each rank scoring its share of the rows.
@@ -164,9 +172,9 @@ class Loop:
             with self._metrics_file.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
         for name, child in self._children.items():
-            child.metrics(of_model(metrics, name), step=position.step)
+            child.metrics(of_model(metrics, name), step=position.step, once=True)
         common = {key: metrics[key] for key in metrics if key.startswith(("time/", "tokens_per_s"))}
-        self.tracker.metrics(common | {"tokens": position.tokens}, step=position.step)
+        self.tracker.metrics(common | {"tokens": position.tokens}, step=position.step, once=True)
 
     def _stop(self, resume_command: str) -> None:
         if checkpoints.latest_step(self.run_folder) != self.position.step:

@@ -14,7 +14,7 @@ import transformers
 from distill import aftermath, run_record, target_cache
 from distill.assembly import Assembly, assemble
 from distill.loop import Loop
-from herd.run import checkpoints, files, randomness, ranks
+from herd.run import checkpoints, files, randomness, ranks, store
 from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
 from herd.run.folders import make_folder
@@ -37,8 +37,13 @@ def run(config: Config, *, resume: str, command: str) -> None:
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
     with no_trace_of_a_refusal(config, folder), files.disk_faults(folder, mend=ELSEWHERE):
+        if config.tracking.enabled and ranks.is_main():
+            store.check(store.resolve_uri(config.tracking.uri))
         resume_from = prepare_folder(config, folder, resume=resume, command=command)
-        tracker = open_tracker(
+        randomness.seed_everything(config.run.seed, rank=ranks.rank())
+        with deletion_told(folder):
+            parts = assemble(config, folder)
+        tracker = open_tracker(  # from here on: what is refused leaves no failed run behind
             folder,
             experiment=config.tracking.experiment,
             run_name=config.run.name,
@@ -49,7 +54,7 @@ def run(config: Config, *, resume: str, command: str) -> None:
         )
         try:
             with deletion_told(folder):
-                _train(config, folder, tracker, resume_from=resume_from, command=command)
+                _train(parts, config, folder, tracker, resume_from=resume_from, command=command)
                 ranks.shut_down()
                 if ranks.is_main():
                     aftermath.compress_and_report(config, folder, tracker)
@@ -98,11 +103,13 @@ def deletion_told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _train(config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str) -> None:
-    randomness.seed_everything(config.run.seed, rank=ranks.rank())
-    parts = assemble(config, folder)
+def _train(
+    parts: Assembly, config: Config, folder: Path, tracker: Tracker, *, resume_from: Path | None, command: str
+) -> None:
     for name, (source, fingerprint) in parts.origins(config).items():
         tracker.dataset(name, source=source, digest=fingerprint, context="training")
+        heldout = "heldout" if name == "train" else f"{name}-heldout"
+        tracker.dataset(heldout, source=source, digest=fingerprint, context="heldout")
     loop = Loop(parts, config, folder, tracker)
     steps = loop.run(resume_from=resume_from, resume_command=f"{without_resume(command)} --resume auto")
     parts.herd.close()

@@ -3,14 +3,13 @@
 disk = measure_disk(folder); parameters = count_parameters(folder)
 """
 
-import json
 import re
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from herd.run.errors import DataError
+from herd.run.weight_files import read_header
 
 # A module with one of these beside its weight is stored quantised (compressed-tensors, fine-grained fp8, NF4).
 _MARKS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax")
@@ -53,7 +52,7 @@ def measure_disk(folder: str | Path) -> Disk:
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     if not files:
         raise DataError(f"{folder}: no *.safetensors or *.gguf file; give the folder of a saved model")
-    stored = [tensor for file in files for tensor in read_header(file)]
+    stored = [tensor for file in files for tensor in _read(file)]
     modules = {tensor.name[: -len(mark)] for tensor in stored for mark in _MARKS if tensor.name.endswith(mark)}
     quantised = [tensor for tensor in stored if tensor.in_blocks or _module(tensor.name) in modules]
     quantised_names = {tensor.name for tensor in quantised}
@@ -71,25 +70,8 @@ def _module(name: str) -> str:
     return re.split(r"\.(?:weight|input)(?=[_.]|$)", name)[0]
 
 
-def read_header(file: Path) -> list[Stored]:
-    """Tensors of one safetensors or GGUF file. Raises DataError when the file is cut short or is something else."""
-    if file.suffix == ".gguf":
-        return _read_gguf(file)
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        stored = [_stored(name, facts) for name, facts in header.items()]
-    except (struct.error, ValueError, KeyError, TypeError) as cause:
-        raise DataError(f"{file}: not a whole safetensors file ({cause}); copy or export it again") from cause
-    expected = 8 + length + sum(tensor.data_bytes for tensor in stored)
-    if expected != size:
-        raise DataError(f"{file}: {size} bytes, its header describes {expected}; copy or export it again")
-    return stored
+def _read(file: Path) -> list[Stored]:
+    return _read_gguf(file) if file.suffix == ".gguf" else [_stored(*one) for one in read_header(file).items()]
 
 
 def _read_gguf(file: Path) -> list[Stored]:

@@ -190,6 +190,7 @@ def _scheme_words(options: argparse.Namespace) -> list[str]:
 
 def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], calibration: "Calibration | None") -> None:
     """One MLflow run with the settings, the sizes, the gate's report and the model."""
+    from herd.run.lineage import read_lineage
     from herd.run.tracking import open_tracker
 
     name = options.out.resolve().name
@@ -204,12 +205,13 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], cal
         settings["allocation"] = options.choices
     elif SCHEMES[options.scheme].grouped:
         settings["group_size"] = options.group_size
+    student = read_lineage(options.model).get("run_id")
     tracker = open_tracker(
         options.out,
         experiment=options.experiment,
         run_name=name,
         config=settings,
-        tags={"herd.role": "export"},
+        tags={"herd.role": "export"} | ({"mlflow.parentRunId": student} if student else {}),
         enabled=not options.no_tracking,
     )
     sizes = ("bytes_before", "bytes_after", "bits_per_quantised_weight", "bits_per_weight", "seconds")
@@ -223,7 +225,7 @@ def track(options: argparse.Namespace, plan: "Plan", result: dict[str, Any], cal
         tracker.artifact(options.out / "calibration.json")
         seen = json.loads((options.out / "calibration.json").read_text())["summary"]
         tracker.metrics({f"calibration/{key}": float(value) for key, value in seen.items()}, 0)
-    tracker.model(name, options.out, role="export", alias=plan.allocation.name, metrics=metrics)
+    tracker.model(name, options.out, role="export", alias=plan.allocation.name, metrics=metrics, made_from=student)
     tracker.finish()
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from herd.run.errors import DataError, first_line
+from herd.run.weight_files import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -134,4 +135,5 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is truncated or not safetensors ({first_line(error)}); copy it again") from error
+        read_header(path)  # says how many bytes are missing
+        raise DataError(f"{path} is not safetensors ({first_line(error)}); copy it again") from error

@@ -35,11 +35,6 @@ from teachers.routed import RoutedTeacher
 from teachers.spans import SpanTargets
 from teachers.targets import SoftTargets
 
-MEND = (
-    "Nothing of this step is saved, checkpoints from before it are good: lower optim.lr, or raise optim.warmup, and "
-    "start from one of them under a new run.name"
-)
-
 
 @dataclass
 class Pupil:
@@ -238,7 +233,9 @@ class Herd:
         """Global norm of the step's gradient; DeepSpeed gives -1, Inf or NaN when it is not finite."""
         norm = float(member.engine.get_global_grad_norm() or 0.0)
         if not 0.0 <= norm < math.inf:
-            raise NumericalError(f"{name}: the loss of step {step + 1} is finite, its gradient is not. {MEND}")
+            raise NumericalError(
+                f"{name}: the loss of step {step + 1} is finite, its gradient is not. Nothing of this step is saved"
+            )
         return norm
 
     def _frozen_teachers(self, batches: list[Batch]) -> list[tuple[str, FrozenTeacher, list[Batch]]]:
@@ -264,7 +261,7 @@ class Herd:
         if not math.isfinite(tally.mean("teacher_ce")):
             for field_value, frozen, own in self._frozen_teachers(batches):
                 cause = first_fault(frozen.model, lambda batch, of=frozen: of.targets(batch.input_ids_BT), own)
-                return f"{field_value}: its logits are not finite; {cause}. Nothing was trained on them; choose another"
+                return f"{field_value}: its logits are not finite; {cause}. Choose another: nothing was trained on them"
         cause = first_fault(member.learner, lambda batch: member.engine(batch.input_ids_BT), batches)
         member.tap.take()
-        return f"{name}: the loss of step {step + 1} is not finite; {cause}. {MEND}"
+        return f"{name}: the loss of step {step + 1} is not finite; {cause}. Nothing of this step is saved"

@@ -16,6 +16,7 @@ from herd.llama4.model import build
 from herd.llama4.specs import SPECS
 from herd.run import bf16_products, hub
 from herd.run.errors import ConfigError, DataError
+from herd.run.weight_files import check_whole
 
 
 def is_spec(source: str) -> bool:
@@ -40,6 +41,7 @@ def open_model(
     if is_spec(source):
         return build(source, overrides={**(vocabulary or {}), **(overrides or {})}, dtype=dtype, seed=seed)
     _check_existing(source, overrides)
+    check_whole(Path(source))
     bf16_products.install()
     try:
         with hub.asked(f"model {source}", source=source):

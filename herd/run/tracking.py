@@ -125,12 +125,13 @@ class Tracker:
         if flat:
             self._put("params", values=flat)
 
-    def metrics(self, values: Mapping[str, Any], step: int) -> None:
+    def metrics(self, values: Mapping[str, Any], step: int, *, once: bool = False) -> None:
         """Log numbers at an optimiser step. What is no number (lists, strings, None) is left out, so that a line of
-        metrics.jsonl can be given as it is."""
+        metrics.jsonl can be given as it is. once: not if this run has logged a later step so, or this one: a resumed
+        run takes steps again, and MLflow would keep both."""
         numbers = {_key(k): float(v) for k, v in values.items() if not isinstance(v, list | tuple | dict | str | None)}
         if numbers:
-            self._put("metrics", values=numbers, step=step)
+            self._put("metrics", values=numbers, step=step, once=once)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; the last value of a tag stays."""
@@ -154,10 +155,12 @@ class Tracker:
         alias: str | None,
         metrics: Mapping[str, float] = {},
         tags: Mapping[str, str] = {},
+        made_from: str | None = None,
     ) -> None:
         """Log the model folder `path` by reference (no weights are copied) and register a version under `alias`.
 
         The folder's lineage.json becomes tags and links to the models it was made from. alias None: not registered.
+        made_from: the MLflow run of that model, where it is another herd run's.
         """
         if self._session:
             self._put(
@@ -170,6 +173,7 @@ class Tracker:
                 metrics={_key(k): float(v) for k, v in metrics.items()},
                 tags={_key(k): str(v)[:TAG_LENGTH] for k, v in tags.items()},
                 lineage=read_lineage(path),
+                made_from=made_from,
             )
 
     def flush(self, timeout_s: float = 30.0) -> bool:

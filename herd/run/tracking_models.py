@@ -38,7 +38,7 @@ def log_model(client: Any, record: Record, event: dict[str, Any], *, run_id: str
         client.log_batch(run_id, metrics=metrics, synchronous=True)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    if maker := _maker(record, event["role"], lineage):
+    if maker := _maker(client, record, event):
         client.log_inputs(run_id, models=[LoggedModelInput(maker)])
     if event["alias"]:
         _register(client, event, model, tags, run_id)
@@ -47,11 +47,22 @@ def log_model(client: Any, record: Record, event: dict[str, Any], *, run_id: str
     record.save()
 
 
-def _maker(record: Record, role: str, lineage: dict[str, Any]) -> str | None:
+def _maker(client: Any, record: Record, event: dict[str, Any]) -> str | None:
     """Id of the model that this one was made from: an export's student, a student's teacher.
 
     A run has one teacher, so its lineage may name it by its source (`behemoth-nano`) as well as by its name.
     """
+    from mlflow.exceptions import MlflowException
+
+    role, lineage = event["role"], event["lineage"]
+    if event.get("made_from"):
+        try:
+            made = client.get_run(event["made_from"]).outputs.model_outputs
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # its run is in another store
+                raise
+            return None
+        return made[-1].model_id if made else None
     if role == "export":
         return record.models.get(f"student/{lineage.get('student')}")
     teachers = [model for key, model in record.models.items() if key.startswith("teacher/")]

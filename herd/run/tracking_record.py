@@ -34,6 +34,8 @@ class Record:
     runs: dict[str, str] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     """Logged-model id by `<role>/<name in lineage.json>`, the newest of each."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Last step of each run of which MLflow has what counts once."""
     journal: str | None = None
     offset: int = 0
     """Bytes of the journal so named that MLflow has."""

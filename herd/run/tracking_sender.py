@@ -132,6 +132,8 @@ class Sender:
         self._send_window(window)
         if not self.journal.remove_if_read(end):
             self._acknowledge(name, end)
+        else:
+            self.record.save()
         return sent
 
     def _acknowledge(self, journal: str, offset: int) -> None:
@@ -255,9 +257,17 @@ class Sender:
     def _metrics(self, events: list[Event]) -> None:
         from mlflow.entities import Metric
 
-        metrics = (Metric(k, v, e["time"], e["step"]) for e in events for k, v in e["values"].items())
+        last, new = self.record.steps.get(events[0]["run"], -1), []
+        for event in events:
+            if not event.get("once"):
+                new.append(event)
+            elif event["step"] > last:
+                new.append(event)
+                last = event["step"]
+        metrics = (Metric(k, v, e["time"], e["step"]) for e in new for k, v in e["values"].items())
         for some in _batched(metrics, METRICS_A_REQUEST):
             self.client.log_batch(self._run_id(events[0]), metrics=some, synchronous=True)
+        self.record.steps[events[0]["run"]] = last
 
     def _log_params(self, events: list[Event]) -> None:
         """Log params; one that MLflow holds with another value cannot change: it becomes a tag `resumed.<param>`."""

@@ -90,7 +90,9 @@ class Worker(threading.Thread):
             with self._state:
                 self._served = asked
                 self._state.notify_all()
-        if self._sample_to in self.sender.started and not self._sampler:
+        # While the store is away samples wait with the rest, behind the run's start.
+        waiting = self._failures > 0 and self.sender.journal.name() is not None
+        if not self._sampler and (waiting or self._sample_to in self.sender.started):
             self._sampler = Sampler()
 
     def _say(self, text: str) -> None:

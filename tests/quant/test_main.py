@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from herd.run.lineage import write_lineage
+from herd.run.tracking import open_tracker
 from quant.__main__ import main
 from quant.tensor_files import TensorFiles
 
@@ -126,11 +128,22 @@ def test_the_command_is_an_mlflow_run_with_the_model_and_its_lineage(folders, tm
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    herd = open_tracker(tmp_path / "herd", experiment="presses", run_name="herd", uri=uri)
+    student = herd.nested("maverick", "student")
+    student.model("maverick", folders["maverick"], role="student", alias=None)
+    herd.finish()
+    write_lineage(folders["maverick"], name="maverick", run_id=student.run_id)
     arguments = [a for a in command(folders, tmp_path, "--experiment", "presses", scheme="fp8") if a != "--no-tracking"]
-    assert main(arguments) == 0
+    try:
+        assert main(arguments) == 0
+    finally:
+        (folders["maverick"] / "lineage.json").unlink()
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("presses")
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = client.search_runs([experiment.experiment_id], "tags.herd.role = 'export'")
+    assert run.data.tags["mlflow.parentRunId"] == student.run_id
+    (made,) = client.get_run(student.run_id).outputs.model_outputs
+    assert [model.model_id for model in client.get_run(run.info.run_id).inputs.model_inputs] == [made.model_id]
     assert run.data.params["scheme"] == "fp8"
     assert run.data.metrics["export/bytes_after"] == sum(t.nbytes for t in TensorFiles(tmp_path / "out").values())
     version = client.get_model_version_by_alias("out", "fp8")

@@ -332,3 +332,33 @@ def test_any_name_becomes_one_that_mlflow_takes_and_stays_it(name):
     _validate_metric_name(key)
     _validate_param_name(key)
     assert _key(key) == key
+
+
+def test_steps_that_a_resumed_run_takes_again_are_in_mlflow_once(tmp_path, uri, client):
+    def steps(numbers):
+        tracker = open_tracker(tmp_path / "run", experiment="again", run_name="r", uri=uri)
+        for step in numbers:
+            tracker.metrics({"loss": float(step)}, step, once=True)
+        tracker.metrics({"eval": 1.0}, 3)
+        tracker.finish()
+        return tracker.run_id
+
+    run = steps(range(6))
+    assert run == steps(range(3, 9))
+    assert [found.step for found in client.get_metric_history(run, "loss")] == list(range(9))
+    assert len(client.get_metric_history(run, "eval")) == 2
+
+
+def test_steps_taken_again_before_the_store_was_ever_reached_are_in_mlflow_once(tmp_path, uri, client):
+    away = f"sqlite:///{tmp_path}/file/mlflow.db"
+    (tmp_path / "file").write_text("")
+    for numbers in (range(4), range(2, 6)):
+        tracker = open_tracker(tmp_path / "run", experiment="again2", run_name="r", uri=away)
+        for step in numbers:
+            tracker.metrics({"loss": float(step)}, step, once=True)
+        tracker.finish(timeout_s=0.1)
+    tracker = open_tracker(tmp_path / "run", experiment="again2", run_name="r", uri=uri)
+    tracker.finish()
+    history = client.get_metric_history(tracker.run_id, "loss")
+    assert sorted(found.step for found in history) == list(range(6))
+    assert "system/cpu_utilization_percentage" in client.get_run(tracker.run_id).data.metrics
