@@ -6,7 +6,7 @@ run(config, resume="auto", command="deepspeed --module distill --config configs/
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import transformers
@@ -17,7 +17,7 @@ from distill.loop import Loop
 from herd.run import checkpoints, files, randomness, ranks, store
 from herd.run import config as configuration
 from herd.run.errors import ConfigError, DataError, EnvironmentFault, HerdError, Interrupted
-from herd.run.folders import make_folder
+from herd.run.folders import claimed, make_folder
 from herd.run.resume import resolve
 from herd.run.schema import Config
 from herd.run.tracking import Tracker, open_tracker
@@ -36,7 +36,9 @@ def run(config: Config, *, resume: str, command: str) -> None:
     ranks.initialise()
     transformers.utils.logging.disable_progress_bar()  # a bar a file and rank says nothing
     folder = config.run.folder / config.run.name
-    with no_trace_of_a_refusal(config, folder), files.disk_faults(folder, mend=ELSEWHERE):
+    claim = claimed(folder, "run.name") if ranks.is_main() else nullcontext()
+    with claim, no_trace_of_a_refusal(config, folder), files.disk_faults(folder, mend=ELSEWHERE):
+        ranks.barrier()  # what the folder holds is looked at when it is ours
         if config.tracking.enabled and ranks.is_main():
             store.check(store.resolve_uri(config.tracking.uri))
         resume_from = prepare_folder(config, folder, resume=resume, command=command)

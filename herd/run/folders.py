@@ -2,12 +2,57 @@
 
 check_folder(out, "--out")          # early, in a dry run too: touches nothing
 make_folder(out, "--out")           # when there is something to put there
+with claimed(run_folder, "run.name"): ...      # nobody else works in it meanwhile
 """
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from herd.run.errors import ConfigError, EnvironmentFault
+
+PATIENCE_S = 30.0  # a stopped run's ranks may need as long to end
+GLANCE_S = 0.2
+
+
+@contextmanager
+def claimed(folder: Path, field: str, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Keep other processes that claim `folder` out of it; a lock file lies beside it meanwhile.
+
+    The kernel drops the lock with the process, so a kill leaves no stale one. Raises EnvironmentFault when another
+    process has not left the folder after `patience_s` seconds.
+    """
+    make_folder(folder.parent, field)
+    path = folder.with_name(f".{folder.name}.lock")
+    until = time.monotonic() + patience_s
+    while (descriptor := _try_lock(path, field)) is None:
+        if time.monotonic() > until:
+            raise EnvironmentFault(f"{field}: another process is at work in {folder}; wait for it, or set another name")
+        time.sleep(GLANCE_S)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _try_lock(path: Path, field: str) -> int | None:
+    """A descriptor that holds the lock file, None while another process does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{field}: {path.parent} cannot be written to; set another {field}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):  # held; or removed by its holder since it was opened
+        pass
+    os.close(descriptor)
+    return None
 
 
 def make_folder(folder: Path, field: str) -> None:
