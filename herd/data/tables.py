@@ -94,7 +94,11 @@ def file_table(loader: str, paths: list[Path], data: Data, *, root: Path, storag
     ordered = sorted(path for path in paths if path.stat().st_size > 0)
     listing = "\n".join(f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in ordered)
     name = root.name if root.is_file() else f"{root.name}:{loader}"
-    with one_line(f"{root}:{loader}" if root.is_dir() else str(root), hint="; mend or remove it"), _quiet(), disk_faults(storage):
+    with (
+        one_line(f"{root}:{loader}" if root.is_dir() else str(root), hint="; mend or remove it"),
+        _quiet(),
+        disk_faults(storage),
+    ):
         files = [str(path) for path in ordered]
         builder = datasets.load_dataset_builder(loader, data_files=files, cache_dir=str(storage))
         return _table(builder, name, f"{loader}\n{listing}\n{data.text_field}", "train", data)
