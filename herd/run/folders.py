@@ -26,7 +26,7 @@ def claimed(folder: Path, field: str, *, patience_s: float = PATIENCE_S) -> Iter
     process has not left the folder after `patience_s` seconds.
     """
     make_folder(folder.parent, field)
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.with_name(f".{folder.name}.claim")  # a study has a .lock of its own beside its trials
     until = time.monotonic() + patience_s
     while (descriptor := _try_lock(path, field)) is None:
         if time.monotonic() > until:
