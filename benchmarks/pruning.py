@@ -47,11 +47,6 @@ def curves(study: Study) -> list[FrozenTrial]:
     return [trial for trial in found.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
 
 
-def steps(trained: list[int], head_start: int) -> int:
-    """Optimiser steps of trials with so many steps of the students, every teacher's head start counted in full."""
-    return sum(trained) + head_start * len(trained)
-
-
 def replay(study: Study, pruner: Pruner, order: list[Curve]) -> tuple[list[int], float]:
     """Steps each trial makes and the best value of those that end, when trials with these curves run in this order."""
     base = config.load(study.base, study.set)
@@ -72,9 +67,8 @@ def replay(study: Study, pruner: Pruner, order: list[Curve]) -> tuple[list[int],
 
 def in_other_orders(study: Study, whole: list[FrozenTrial], orders: int) -> list[dict[str, object]]:
     """Every pruner on the unpruned study's curves, the defaults first and the others shuffled."""
-    head_start = config.load(study.base, study.set).teacher.head_start
     first, *others = [trial.intermediate_values for trial in whole]
-    unpruned = steps([max(curve) for curve in (first, *others)], head_start)
+    unpruned = sum(max(curve) for curve in (first, *others))
     best = min(trial.value for trial in whole)
     rows = []
     for pruner in PRUNERS:
@@ -82,7 +76,7 @@ def in_other_orders(study: Study, whole: list[FrozenTrial], orders: int) -> list
         for number in range(orders):
             shuffled = random.Random(number).sample(others, len(others))
             trained, value = replay(study, pruner, [first, *shuffled])
-            savings.append(unpruned / steps(trained, head_start))
+            savings.append(unpruned / sum(trained))
             losses.append(value - best)
         rows.append({
             "pruner": pruner.kind, "factor": pruner.factor, "orders": orders,
@@ -95,14 +89,13 @@ def in_other_orders(study: Study, whole: list[FrozenTrial], orders: int) -> list
 
 def summary(study: Study) -> dict[str, object]:
     """What a study that is over has cost and found."""
-    head_start = config.load(study.base, study.set).teacher.head_start
     trials = curves(study)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     best = min(complete, key=lambda trial: trial.value)
     return {
         "trials": len(trials), "complete": len(complete), "best": best.value, "best_number": best.number,
         "best_params": best.params, "defaults": complete[0].value,
-        "steps": steps([trial.last_step for trial in trials], head_start),
+        "steps": sum(trial.last_step for trial in trials),
     }  # fmt: skip
 
 

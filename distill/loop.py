@@ -18,7 +18,7 @@ from distill.tally import HISTOGRAM_NAMES
 from distill.weighting import entropy_bins
 from herd.data.batches import Batch
 from herd.run import checkpoints, files, randomness, ranks
-from herd.run.errors import Interrupted, NumericalError
+from herd.run.errors import Diverged, Interrupted
 from herd.run.progress import Progress
 from herd.run.schema import Config
 from herd.run.tracking import Tracker
@@ -86,8 +86,8 @@ class Loop:
         fetched = time.perf_counter() - started
         try:
             metrics = self.herd.take_step(batches, position.step) | {"time/data_s": fetched}
-        except NumericalError as error:
-            raise NumericalError(f"{error}; {self._way_back()}") from error
+        except Diverged as error:
+            raise Diverged(f"{error}; {self._way_back()}") from error
         position.step += 1
         position.tokens += batch.rows * self.config.data.sequence_length
         metrics["tokens_per_s"] = batch.rows * self.config.data.sequence_length / (time.perf_counter() - started)

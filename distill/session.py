@@ -45,28 +45,34 @@ def run(config: Config, *, resume: str, command: str) -> None:
         randomness.seed_everything(config.run.seed, rank=ranks.rank())
         with deletion_told(folder):
             parts = assemble(config, folder)
-        tracker = open_tracker(  # from here on: what is refused leaves no failed run behind
-            folder,
-            experiment=config.tracking.experiment,
-            run_name=config.run.name,
-            uri=config.tracking.uri,
-            config=config.model_dump(mode="json"),
-            tags=run_tags(config, command),
-            enabled=config.tracking.enabled and ranks.is_main(),
-        )
-        try:
-            with deletion_told(folder):
+            with _tracked(config, folder, command) as tracker:  # after it: what is refused is in no store
                 _train(parts, config, folder, tracker, resume_from=resume_from, command=command)
                 ranks.shut_down()
                 if ranks.is_main():
                     aftermath.compress_and_report(config, folder, tracker)
-        except Interrupted:
-            tracker.finish("KILLED")
-            raise
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
+
+
+@contextmanager
+def _tracked(config: Config, folder: Path, command: str) -> Iterator[Tracker]:
+    """The run in MLflow, told how it ended."""
+    tracker = open_tracker(
+        folder,
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        uri=config.tracking.uri,
+        config=config.model_dump(mode="json"),
+        tags=run_tags(config, command),
+        enabled=config.tracking.enabled and ranks.is_main(),
+    )
+    try:
+        yield tracker
+    except Interrupted:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
 
 
 def run_tags(config: Config, command: str) -> dict[str, str]:

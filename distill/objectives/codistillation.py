@@ -26,7 +26,7 @@ from distill.tally import Tally
 from herd.data.batches import Batch
 from herd.llama4.balance import balance_loss
 from herd.run import ranks
-from herd.run.errors import NumericalError
+from herd.run.errors import Diverged, NumericalError
 from herd.run.schema import Config
 from teachers.cached import CachedTeacher, WriteThrough
 from teachers.frozen import FrozenTeacher
@@ -110,7 +110,7 @@ class Herd:
         Tally.reduce(tallies.values())
         for name, tally in tallies.items():
             if not tally.is_finite():
-                raise NumericalError(self._diagnose(name, active[name], tally, batches, step))
+                raise self._diagnose(name, active[name], tally, batches, step)
 
     def _active(self, step: int) -> dict[str, Member]:
         members = self.members
@@ -233,7 +233,7 @@ class Herd:
         """Global norm of the step's gradient; DeepSpeed gives -1, Inf or NaN when it is not finite."""
         norm = float(member.engine.get_global_grad_norm() or 0.0)
         if not 0.0 <= norm < math.inf:
-            raise NumericalError(
+            raise Diverged(
                 f"{name}: the loss of step {step + 1} is finite, its gradient is not. Nothing of this step is saved"
             )
         return norm
@@ -255,13 +255,15 @@ class Herd:
                 found.append((f"teacher.routes.{route.source}.source = {source}", route.teacher, own))
         return found
 
-    def _diagnose(self, name: str, member: Member, tally: Tally, batches: list[Batch], step: int) -> str:
+    def _diagnose(self, name: str, member: Member, tally: Tally, batches: list[Batch], step: int) -> NumericalError:
         from distill.diagnosis import first_fault
 
         if not math.isfinite(tally.mean("teacher_ce")):
             for field_value, frozen, own in self._frozen_teachers(batches):
                 cause = first_fault(frozen.model, lambda batch, of=frozen: of.targets(batch.input_ids_BT), own)
-                return f"{field_value}: its logits are not finite; {cause}. Choose another: nothing was trained on them"
+                return NumericalError(
+                    f"{field_value}: its logits are not finite; {cause}. Nothing was trained on them; choose another"
+                )
         cause = first_fault(member.learner, lambda batch: member.engine(batch.input_ids_BT), batches)
         member.tap.take()
-        return f"{name}: the loss of step {step + 1} is not finite; {cause}. Nothing of this step is saved"
+        return Diverged(f"{name}: the loss of step {step + 1} is not finite; {cause}. Nothing of this step is saved")

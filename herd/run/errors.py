@@ -52,6 +52,10 @@ class NumericalError(HerdError):
     exit_code = NUMERICAL
 
 
+class Diverged(NumericalError):
+    """Of a model that trains: an earlier checkpoint, or a lower rate, helps."""
+
+
 class Interrupted(HerdError):
     """Stopped on request after saving; the message is the command that resumes."""
 

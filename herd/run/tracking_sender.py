@@ -133,7 +133,7 @@ class Sender:
         if not self.journal.remove_if_read(end):
             self._acknowledge(name, end)
         else:
-            self.record.save()
+            self.record.save()  # its steps
         return sent
 
     def _acknowledge(self, journal: str, offset: int) -> None:
@@ -259,11 +259,9 @@ class Sender:
 
         last, new = self.record.steps.get(events[0]["run"], -1), []
         for event in events:
-            if not event.get("once"):
+            if not event.get("once") or event["step"] > last:
                 new.append(event)
-            elif event["step"] > last:
-                new.append(event)
-                last = event["step"]
+                last = event["step"] if event.get("once") else last
         metrics = (Metric(k, v, e["time"], e["step"]) for e in new for k, v in e["values"].items())
         for some in _batched(metrics, METRICS_A_REQUEST):
             self.client.log_batch(self._run_id(events[0]), metrics=some, synchronous=True)

@@ -21,7 +21,7 @@ from distill.session import prepare_folder, without_resume
 from herd.llama4.source import open_model
 from herd.run import config as configuration
 from herd.run import ranks
-from herd.run.errors import ConfigError, DataError, DiskFull, EnvironmentFault, NumericalError
+from herd.run.errors import ConfigError, DataError, DiskFull, Diverged, EnvironmentFault, NumericalError
 from herd.run.tracking import open_tracker
 
 SMALL = ["run.name=t", "teacher.head_start=0", "run.evaluate_every=2", "run.steps=3", "run.checkpoint_every=100"]
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint_to_go_back_to_or_says_th
     def fail_at(step):
         def one(batches, number):
             if number == step:
-                raise NumericalError("teacher: the loss is not finite")
+                raise Diverged("teacher: the loss is not finite")
             return take_step(batches, number)
 
         return one
