@@ -1,8 +1,8 @@
 """What pruning saves of a study, at which best value: the same study with and without, every trial a launched run.
 
-    python -m benchmarks.pruning [--workers 2] [--orders 200]
+    python -m benchmarks.pruning [--workers 2] [--seeds 3] [--orders 200]
 
-Then every pruner reads the unpruned study's own curves again in other orders of its trials, which is exact:
+A seed is of the study: its rows, its start and its sampler. Then every pruner reads the unpruned study's own curves again in other orders of its trials, which is exact:
 a pruned trial is the beginning of the whole one, bit for bit. Writes benchmarks/results/pruning.json.
 """
 
@@ -38,6 +38,7 @@ TEACHER = (
     "students.behemoth.overrides="
     "{hidden_size: 128, intermediate_size: 128, intermediate_size_mlp: 256, num_local_experts: 4}",
 )  # fmt: skip
+SPREAD = 100  # between the seeds of studies, so that none repeats with another's fresh ones
 Curve = dict[int, float]
 
 
@@ -65,8 +66,9 @@ def replay(study: Study, pruner: Pruner, order: list[Curve]) -> tuple[list[int],
     return trained, made.best_value
 
 
-def in_other_orders(study: Study, whole: list[FrozenTrial], orders: int) -> list[dict[str, object]]:
-    """Every pruner on the unpruned study's curves, the defaults first and the others shuffled."""
+def in_other_orders(study: Study, orders: int) -> list[dict[str, object]]:
+    """Every pruner on the curves of an unpruned study, the defaults first and the others shuffled."""
+    whole = curves(study)
     first, *others = [trial.intermediate_values for trial in whole]
     unpruned = sum(max(curve) for curve in (first, *others))
     best = min(trial.value for trial in whole)
@@ -99,32 +101,50 @@ def summary(study: Study) -> dict[str, object]:
     }  # fmt: skip
 
 
+def compare(seed: int, workers: int, orders: int) -> dict[str, object]:
+    """One seed's study without pruning and with it; the repeats of the second say what its best is worth."""
+    own = [f"name=pruning-{seed}", f"seed={SPREAD * seed}", f"sampler.seed={seed}"]
+    pruned = settings.load(STUDY, own)
+    whole = settings.load(STUDY, [*own, f"name=pruning-{seed}-unpruned", "pruner={kind: none}", "repeats.seeds=0"])
+    sweeps.run(whole, workers=workers)
+    result = sweeps.run(pruned, workers=workers)
+    found = {"seed": seed, "unpruned": summary(whole), "pruned": summary(pruned)}
+    found["saving"] = found["unpruned"]["steps"] / found["pruned"]["steps"]
+    found["repeats"] = result.repeats
+    return found | {"replays": in_other_orders(whole, orders)}
+
+
+def show(found: dict[str, object]) -> None:
+    """One seed's comparison, in words."""
+    for name in ("unpruned", "pruned"):
+        one = found[name]
+        ended = f"{one['complete']} of {one['trials']} trials to the end"
+        print(f"seed {found['seed']}  {name:9} {one['steps']:6} steps  best {one['best']:.4f}  {ended}")
+    print(f"saving    {found['saving']:.2f}x")
+    for row in found["replays"]:
+        low, *_, high = row["saving_deciles"]
+        print(f"{row['pruner']:9} factor {row['factor']}: {row['saving_median']:.2f}x, deciles {low:.2f} - {high:.2f}")
+        print(f"          the same best in {row['same_best']:.0%} of orders, {row['loss_mean']:+.4f} nats on average")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="trials at one time")
+    parser.add_argument("--seeds", type=int, default=3, help="of the study, from 0 on")
     parser.add_argument("--orders", type=int, default=200, help="of the replays")
     options = parser.parse_args()
     os.chdir(ROOT)
     storages.quiet()
     quality.RUNS.mkdir(parents=True, exist_ok=True)
     quality.distill("configs/experiments/teacher.yaml", "pruning-teacher", TEACHER)
-    pruned = settings.load(STUDY)
-    whole = settings.load(STUDY, ["pruner={kind: none}", "repeats.seeds=0", f"name={pruned.name}-unpruned"])
-    for study in (whole, pruned):
-        sweeps.run(study, workers=options.workers)
-    found = {"unpruned": summary(whole), "pruned": summary(pruned)}
-    found["saving"] = found["unpruned"]["steps"] / found["pruned"]["steps"]
-    found["replays"] = in_other_orders(pruned, curves(whole), options.orders)
-    write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
-    for name in ("unpruned", "pruned"):
-        one = found[name]
-        ended = f"{one['complete']} of {one['trials']} trials to the end"
-        print(f"{name:9} {one['steps']:6} steps  best {one['best']:.4f}  {ended}")
-    print(f"saving    {found['saving']:.2f}x")
-    for row in found["replays"]:
-        low, *_, high = row["saving_deciles"]
-        print(f"{row['pruner']:9} factor {row['factor']}: {row['saving_median']:.2f}x, deciles {low:.2f} - {high:.2f}")
-        print(f"          the same best in {row['same_best']:.0%} of orders, {row['loss_mean']:+.4f} nats on average")
+    found = []
+    for seed in range(options.seeds):
+        found.append(compare(seed, options.workers, options.orders))
+        write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
+        show(found[-1])
+    steps = {kind: sum(pair[kind]["steps"] for pair in found) for kind in ("unpruned", "pruned")}
+    worse = [pair["pruned"]["best"] - pair["unpruned"]["best"] for pair in found]
+    print(f"all together {steps['unpruned'] / steps['pruned']:.2f}x, best value {statistics.fmean(worse):+.4f} nats")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ STEP_S = 0.25  # of a trial that has something to wait for
 def bare_stub(folder: Path, number: int) -> float:
     """Seconds of one stub process with a trial's flags and nothing around it."""
     study = studies.make(folder)
-    settings = [*study.set, f"run.folder={folder}", f"run.name=bare-{number}"]
+    settings = [*study.set, "run.seed=0", f"run.folder={folder}", f"run.name=bare-{number}"]
     words = [word for setting in settings for word in ("--set", setting)]
     started = time.monotonic()
     subprocess.run([*studies.STUB, "--config", str(study.base), *words], check=True, cwd=ROOT)
