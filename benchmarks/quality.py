@@ -19,6 +19,8 @@ from pathlib import Path
 
 from scipy.stats import t as student_t
 
+from distill import run_record
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "quality"
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -26,13 +28,7 @@ TEACHER = "behemoth-1000"
 ONE_STUDENT, HERD = "configs/experiments/student.yaml", "configs/nano.yaml"
 GOOD = ("teacher.mode=frozen", f"teacher.source={RUNS / TEACHER / 'students' / 'behemoth'}")
 PARTS = {"student": (ONE_STUDENT,), "herd": (HERD,), "all": (ONE_STUDENT, HERD)}
-HERD_ONLY_TRAINED = (
-    "students.scout.quantize=[]",
-    "students.maverick.quantize=[]",
-    "data.heldout_rows=256",
-    "evaluation.decode_tokens=0",
-    "tracking.enabled=false",
-)
+OF_THE_HERD = ("run.ends=trained", "data.heldout_rows=256", "tracking.enabled=false")
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,15 @@ CASES = (
     Case("good teacher", ONE_STUDENT, "alone", GOOD),
     Case("immature teacher", ONE_STUDENT, "alone", ("teacher.mode=codistill",)),
     # Alpha 0 keeps the teacher and its head start, so that both herds read the same batches.
-    Case("herd's control", HERD, "herd's control", (*HERD_ONLY_TRAINED, "loss.weighting={kind: constant, alpha: 0}")),
-    Case("herd", HERD, "herd's control", HERD_ONLY_TRAINED),
+    Case("herd's control", HERD, "herd's control", (*OF_THE_HERD, "loss.weighting={kind: constant, alpha: 0}")),
+    Case("herd", HERD, "herd's control", OF_THE_HERD),
 )
 
 
 def distill(config: str, name: str, settings: tuple[str, ...]) -> dict[str, float]:
     """Run once, unless it was; returns the last held-out loss of every model, and the mean alpha of every student."""
     folder = RUNS / name
-    if not (folder / "evals.json").exists():
+    if not (folder / run_record.FILE).exists() or "finished" not in run_record.read(folder):
         sets = [f"run.folder={RUNS}", f"run.name={name}", *settings]
         command = [sys.executable, "-m", "distill", "--config", config, "--resume", "auto"]
         command += [word for item in sets for word in ("--set", item)]

@@ -48,8 +48,11 @@ def run(config: Config, *, resume: str, command: str) -> None:
             with _tracked(config, folder, command) as tracker:  # after it: what is refused is in no store
                 _train(parts, config, folder, tracker, resume_from=resume_from, command=command)
                 ranks.shut_down()
-                if ranks.is_main():
+                if ranks.is_main() and config.run.ends == "reported":
                     aftermath.compress_and_report(config, folder, tracker)
+                elif ranks.is_main():
+                    run_record.mark(folder, "finished")
+                    print(f"trained: {folder}", flush=True)
 
 
 @contextmanager

@@ -50,12 +50,14 @@ def check_space(study: Study) -> None:
 def check_objectives(study: Study, base: Config) -> None:
     """Refuse a metric that no run of this configuration can report."""
     known = [*heldout_metrics(base)]
-    if any(part.metric.startswith("evals/") for part in study.objectives):
+    if study.reads_evaluations:
         known += evaluation_metrics(base)
     for place, objective in enumerate(study.objectives):
         metric, field = objective.metric, f"objectives.{place}.metric = {objective.metric}"
         near = difflib.get_close_matches(metric, known, n=3, cutoff=NEAR_ENOUGH)
         if metric in known:
+            if metric.startswith("evals/") and base.run.ends == "trained":
+                raise ConfigError(f"{field} is never measured: run.ends = trained; set it to reported")
             if metric.startswith("heldout/") and not _evaluates(study, base):
                 raise ConfigError(
                     f"{field} is never measured: run.evaluate_every = 0; set it to the steps between checks"

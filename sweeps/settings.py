@@ -24,7 +24,7 @@ Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
 STORAGE = re.compile(r"(sqlite|postgresql|mysql)(\+\w+)?://.+|journal:.+|grpc://.+:\d+")
 SET_BY_A_STUDY = (
-    *("run.name", "run.folder", "run.seed", "run.keep_checkpoints"),
+    *("run.name", "run.folder", "run.seed", "run.keep_checkpoints", "run.ends"),
     *("tracking.register_models", "tracking.tags", "tracking.parent"),
 )
 OF_A_STUDY = "a study has base, space, objectives, ..."
@@ -189,6 +189,11 @@ class Study(Section):
     def home(self) -> Path:
         """Folder of the study."""
         return self.folder / self.name
+
+    @property
+    def reads_evaluations(self) -> bool:
+        """Whether an objective is measured after training."""
+        return any(objective.metric.startswith("evals/") for objective in self.objectives)
 
     @property
     def base_copy(self) -> Path:

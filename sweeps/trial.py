@@ -21,6 +21,7 @@ from sweeps.settings import Study
 
 STOP_S = guard.GRACE_S + 15.0
 FIXED = ("run.keep_checkpoints=1", "tracking.register_models=false")
+LEAN = "run.ends=trained"  # what follows training is made for evals/ objectives alone, unless the study's `set` asks
 DONE = "sweep.json"  # in the folder of a run that ended well: its settings
 
 
@@ -67,7 +68,8 @@ class TrialRun:
     def of(cls, study: Study, *, name: str, overrides: list[str], seed: int) -> "TrialRun":
         """The run of that name in the study's folder, not started."""
         own = [f"run.name={name}", f"run.folder={study.home}", f"run.seed={seed}", *FIXED]
-        return cls(study.home / name, [*study.set, *overrides, *own], study)
+        lean = [] if study.reads_evaluations else [LEAN]
+        return cls(study.home / name, [*lean, *study.set, *overrides, *own], study)
 
     @property
     def log(self) -> Path:

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     ("run", "checkpoint_every"),
     ("run", "keep_checkpoints"),
     ("run", "evaluate_every"),
+    ("run", "ends"),
     ("evaluation",),
     ("tracking",),
     ("students", "*", "quantize"),

@@ -32,6 +32,8 @@ class Run(Section):
     """Complete checkpoints kept; older ones are deleted."""
     evaluate_every: int = Field(100, ge=0)
     """Steps between held-out losses during training; 0 for none."""
+    ends: Literal["reported", "trained"] = "reported"
+    """trained: once the models are written, without exports, evaluation and report.html; --resume auto adds them."""
 
 
 class DataSource(Section):
