@@ -20,6 +20,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export MLFLOW_DISABLE_TELEMETRY ?= true
+# Containers like to set it, and then every process compiles all it imports, seven seconds of CPU for each rank.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test ui lint setup clean
 .DEFAULT_GOAL := help
