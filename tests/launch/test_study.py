@@ -49,6 +49,7 @@ def finished(store, tmp_path_factory):
 def test_a_trial_is_a_launcher_run_below_the_study_in_mlflow(finished, store):
     (trial,) = finished.trials
     assert trial.state == "complete" and trial.defaults and 3 < trial.values[0] < 8
+    assert not (trial.folder / "evals.json").exists()  # nothing asks for it
     client = mlflow.MlflowClient(store)
     run = client.get_run(trial.mlflow_run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])

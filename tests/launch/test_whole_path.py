@@ -22,10 +22,14 @@ EXPORTS = {"scout-int4": "scout", "maverick-fp8": "maverick", "maverick-mixed-bi
 
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory):
-    """configs/smoke.yaml on two ranks, with one more export, tracked in a store of its own."""
+    """configs/smoke.yaml on two ranks, ended twice: when trained, then reported; one more export, a store of its own."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "bits.json").write_text(json.dumps(BITS))
-    run = launch(folder, train_only=False, overrides=[MIXED.format(folder)])
+    trained = launch(folder, train_only=False, overrides=[MIXED.format(folder), "run.ends=trained"])
+    assert trained.code == 0, trained.log
+    assert (trained.folder / "students" / "scout").is_dir()
+    assert not list(trained.folder.glob("exports")) + list(trained.folder.glob("*.html"))
+    run = launch(folder, train_only=False, overrides=[MIXED.format(folder)], resume="auto")
     assert run.code == 0, run.log
     return run
 

@@ -80,6 +80,11 @@ def test_a_range_ends_on_its_last_step(tmp_path):
         (["objectives=[{metric: evals/scout-int5/kl_mean}]"], ConfigError, "use evals/scout-int4/kl_mean"),
         (["objectives=[{metric: evals/scout/path}]"], ConfigError, "no run of .* reports it"),
         (["set=[run.evaluate_every=0]"], ConfigError, "never measured: run.evaluate_every = 0"),
+        (
+            ["objectives=[{metric: evals/scout/parameters}]", "set=[run.ends=trained]"],
+            ConfigError,
+            "never measured: run.ends = trained",
+        ),
         (["pruner.kind=median", "set=[run.evaluate_every=500]"], ConfigError, "run.evaluate_every = 500 leaves none"),
         (["launch.program=[no-such-program]"], ConfigError, "launch.program.0 = no-such-program: no such program"),
         (["storage=mysql+foo://user:secret@host/x"], ConfigError, "storage = mysql.foo://host/x: .* no driver foo"),
