@@ -2,8 +2,8 @@
 
     python -m benchmarks.pruning [--workers 2] [--seeds 3] [--orders 200]
 
-A seed is of the study: its rows, its start and its sampler. Then every pruner reads the unpruned study's own curves again in other orders of its trials, which is exact:
-a pruned trial is the beginning of the whole one, bit for bit. Writes benchmarks/results/pruning.json.
+A seed is a study's: rows, start, sampler. Then every pruner reads the unpruned curves again in other orders, which is
+exact: a pruned trial is the beginning of the whole one, bit for bit. Writes benchmarks/results/pruning.json.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def main() -> None:
     quality.RUNS.mkdir(parents=True, exist_ok=True)
     carried = quality.RUNS / "recipe.yaml"
     study = settings.load(STUDY, options.study_set)
-    scale.write(study, Path(NANO), carried, fit=options.fit, again=f"run it first: python -m sweeps --study {STUDY}")
+    scale.write(study, Path(NANO), carried, fit=options.fit, again=f"python -m sweeps --study {STUDY}")
     what = hashlib.sha256(repr((carried.read_text(), options.set)).encode()).hexdigest()[:8]
     jobs = [(arm, FIRST_SEED + seed) for seed in range(options.seeds) for arm in ("by-hand", "carried")]
 

@@ -40,24 +40,30 @@ def show(config: Config, *, world_size: int, mfu: float) -> None:
 
 def show_plans(config: Config, plans: Mapping[str, Plan], *, world_size: int, mfu: float) -> None:
     """Print what `plan_run` made of every model, and what the herd costs."""
-    micro_rows, accumulation = split_batch(config, world_size)
-    tokens_per_step = config.batch.rows * config.data.sequence_length
     for name, made in plans.items():
         source = _models(config)[name].source
         print(f"--- {name}: {SPECS[source].note if source in SPECS else source}")
         print(made.table())
-    flops = sum(made.flops_per_token for made in plans.values())
     if config.objective.kind == "on_policy":
         print("--- not in these figures: what students write, its key-value cache, and the teacher's forwards over it")
+    print("--- the herd", *costs(config, plans, world_size=world_size, mfu=mfu), sep="\n")
+
+
+def costs(config: Config, plans: Mapping[str, Plan], *, world_size: int, mfu: float) -> list[str]:
+    """What all models together cost, a line each: memory, tokens, FLOPs, days."""
+    micro_rows, accumulation = split_batch(config, world_size)
+    tokens_per_step = config.batch.rows * config.data.sequence_length
+    flops = sum(made.flops_per_token for made in plans.values())
     daily = tokens_per_day(flops, world_size=world_size, mfu=mfu)
     steps = config.run.steps + config.teacher.head_start
-    print("--- the herd")
-    print(SHOWN_BATCH.format(rows=config.batch.rows, micro=micro_rows, accumulation=accumulation, ranks=world_size))
-    print(f"state per rank      {sum(made.state.total for made in plans.values()) / 1e9:,.3f} GB, all models together")
-    print(f"tokens              {steps * tokens_per_step:,} in {steps:,} steps of {tokens_per_step:,}")
-    print(f"FLOPs per token     {flops:.4g}, all models together")
-    print(f"tokens per day      {daily:.4g} at {mfu:.0%} of the peak of {world_size} H100 (bf16)")
-    print(f"days                {steps * tokens_per_step / daily:.3g}")
+    return [
+        SHOWN_BATCH.format(rows=config.batch.rows, micro=micro_rows, accumulation=accumulation, ranks=world_size),
+        f"state per rank      {sum(made.state.total for made in plans.values()) / 1e9:,.3f} GB, all models together",
+        f"tokens              {steps * tokens_per_step:,} in {steps:,} steps of {tokens_per_step:,}",
+        f"FLOPs per token     {flops:.4g}, all models together",
+        f"tokens per day      {daily:.4g} at {mfu:.0%} of the peak of {world_size} H100 (bf16)",
+        f"days                {steps * tokens_per_step / daily:.3g}",
+    ]
 
 
 def plan_run(config: Config, *, world_size: int) -> dict[str, Plan]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from herd.run import cli, config_text
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, NumericalError
 from herd.run.store import shown
 from sweeps import scale, settings
 from sweeps.bits.command import main as allocate_bits
@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
 
         result = pool.run(study, command=cli.command_line("sweeps", argv))
         print(f"\n{result.table()}\n\nreport: {study.home / 'report.html'}")
+        if result.best is None:
+            raise NumericalError(
+                f"{study.name}: no trial is complete, so there is no best one ({result.trials[0].why}, for one); "
+                "mend the base, or search elsewhere"
+            )
 
     return cli.main_guard(body)
 
@@ -83,7 +88,8 @@ def describe(study: settings.Study) -> str:
         ended = len(Ledger(found, study.trials).ended())
         lines.append(f"goes on   {ended} of {study.trials} trials have ended")
     else:
-        why = "a value of the base lies outside the space" if study.enqueue_defaults else "enqueue_defaults is off"
+        outside = ", ".join(spaces.outside(base, study.space))
+        why = f"the base lies outside the space in {outside}" if study.enqueue_defaults else "enqueue_defaults is off"
         lines.append(f"trial 0   {'the base as it is' if first else f'sampled: {why}'}")
     runs = study.trials * study.seeds + 2 * study.repeats.seeds
     lines.append(

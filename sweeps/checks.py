@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from herd.run import config, config_text
-from herd.run.config_checks import export_name
+from herd.run.config_checks import export_name, split_batch
 from herd.run.errors import ConfigError
 from herd.run.folders import check_folder
 from herd.run.schema import Config
@@ -29,6 +29,7 @@ def check(study: Study) -> Config:
     else:
         check_objectives(study, base)
         check_pruner(study, base)
+        check_ranks(study, base)
     check_driver(study.storage_url)
     check_folder(study.home, "folder")
     if study.storage_file is not None:
@@ -79,6 +80,14 @@ def check_pruner(study: Study, base: Config) -> None:
             f"pruner.kind = {study.pruner.kind} looks at held-out losses within a run: run.evaluate_every = {every} "
             f"leaves none before the end of run.steps = {base.run.steps}; set it lower, or pruner.kind to none"
         )
+
+
+def check_ranks(study: Study, base: Config) -> None:
+    """Refuse a number of ranks that the base's batch, or its experts, cannot be split over."""
+    try:
+        split_batch(base, study.launch.ranks)
+    except ConfigError as error:
+        raise ConfigError(f"launch.ranks = {study.launch.ranks}: {error}") from None
 
 
 def heldout_metrics(base: Config) -> Iterator[str]:

@@ -57,7 +57,7 @@ def final(folder: Path, metric: str) -> float:
         return float(value)
     numbers = [key for key, value in known.items() if _is_number(value) and key != "step"]
     near = difflib.get_close_matches(metric, numbers, n=3, cutoff=0.3) or numbers[:3]
-    mend = f"it has {', '.join(near)}" if near else "it reported none; set run.evaluate_every"
+    mend = f"it has {', '.join(near)}" if near else "it reported no number at all"
     raise ConfigError(f"objectives: {folder} never reported {metric}; {mend}")
 
 

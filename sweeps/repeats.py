@@ -61,6 +61,7 @@ def run_missing(
 ) -> None:
     """Run those that have not ended well before, as many at a time as there are slots."""
     waiting = [key for key, one in runs.items() if not one.is_done()]
+    print(f"{len(waiting)} of {len(runs)} repeats with fresh seeds are still to run", flush=True)
     running: dict[int, TrialRun] = {}
     try:
         while waiting or running:
@@ -86,6 +87,7 @@ def _take(ended: TrialRun) -> None:
     code, name = ended.code(), ended.folder.name
     if code == 0:
         ended.finish()
+        print(f"{name} has ended", flush=True)
     elif code == ENVIRONMENT:
         raise TrialsFail(f"{name}: {ended.last_words()} (its log: {ended.log})", ENVIRONMENT)
     else:

@@ -78,6 +78,10 @@ class Result:
             state: sum(trial.state == state for trial in self.trials) for state in ("complete", "pruned", "failed")
         }
         lines.append(f"{len(self.trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        if self.repeats and self.repeats.get("interval"):
+            difference, (low, high) = self.repeats["difference"], self.repeats["interval"]
+            pairs = f"{self.repeats['pairs']} fresh seeds, paired"
+            lines.append(f"best less defaults, {pairs}: {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
         return "\n".join(lines)
 
 

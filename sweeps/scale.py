@@ -3,6 +3,7 @@
 main(["--from", "configs/sweeps/rates.yaml", "--to", "configs/maverick.yaml"]) returns the exit code
 """
 
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -46,13 +47,17 @@ def main(argv: list[str]) -> int:
 
     def body() -> None:
         study = settings.load(arguments.study, arguments.set, flag="--from")
+        check_kind(arguments.to)
         large = config.load(arguments.to, flag="--to")
         world_size = large.parallel.expert_parallel if arguments.world_size is None else arguments.world_size
         if world_size < 1:
             raise ConfigError(f"--world-size {world_size}: must be 1 or more")
-        again = f"run it first: python -m sweeps --study {arguments.study}"
+        words = "".join(f" --set {shlex.quote(word)}" for word in arguments.set)
+        again = f"python -m sweeps --study {arguments.study}{words}"
         out = arguments.out or study.home / arguments.to.name
-        scaled = write(study, arguments.to, out, fit=arguments.fit, trial=arguments.trial, again=again)
+        scaled = write(
+            study, arguments.to, out, fit=arguments.fit, trial=arguments.trial, again=again, world_size=world_size
+        )
         from distill import plan
 
         plan.show_plans(scaled, plan.plan_run(scaled, world_size=world_size), world_size=world_size, mfu=MFU)
@@ -67,12 +72,15 @@ def write(
     *,
     fit: Path | None = None,
     trial: int | None = None,
-    again: str = "run it first",
+    again: str = "",
+    world_size: int | None = None,
 ) -> Config:
     """Write `out`, after it has been checked as the trainer would; returns it. Raises ConfigError or DataError.
 
-    trial: which one; by default the best. again: how to run the study, for the message that it has not.
+    trial: which one; by default the best. again: the command that runs the study, for the message that it has not.
+    world_size: ranks that the cost in its head is of, by default as many as spread the experts.
     """
+    from distill import plan
     from sweeps import scaling
 
     number, overrides = found_by(study, trial, again)
@@ -85,9 +93,11 @@ def write(
     who = f"trial {number} of {study.name}"
     scaled = scaling.carry(found, small, large, tree, who=who, fit=scaling.Fit.read(fit) if fit else None)
     header = f"{to.name} with the settings of {who}, carried over: python -m sweeps scale"
-    text = annotated.write(scaled.tree, scaled.notes, header=header)
-    made = _validated(text, to)
+    made = _validated(annotated.write(scaled.tree, scaled.notes), to)
     check_rules(made)
+    ranks = world_size or made.parallel.expert_parallel
+    costs = plan.costs(made, plan.plan_run(made, world_size=ranks), world_size=ranks, mfu=MFU)
+    text = annotated.write(scaled.tree, scaled.notes, header="\n".join([header, "Planned cost:", *costs]))
     make_folder(out.parent, "--out")
     write_atomic(out, text)
     print(f"{out}: {who}")
@@ -104,10 +114,11 @@ def found_by(study: Study, wanted: int | None, again: str) -> tuple[int, list[st
 
     found = storages.find_study(study, config.load(study.base, study.set, flag="base"))
     if found is None:
-        raise ConfigError(f"--from {study.name}: no such study in {shown(study.storage_url)}; {again}")
+        raise ConfigError(f"--from {study.name}: no such study in {shown(study.storage_url)}; run it first: {again}")
     result = results.read(study, found)
     if result.best is None:
-        raise ConfigError(f"--from {study.name}: no trial is complete yet; {again}")
+        counts = f"{len(result.trials)} of {study.trials} trials have ended, none of them complete"
+        raise ConfigError(f"--from {study.name}: {counts}; go on with it, or mend its base: {again}")
     if wanted is None and len(result.front) > 1:
         numbers = ", ".join(str(trial.number) for trial in result.front)
         raise ConfigError(
@@ -118,6 +129,14 @@ def found_by(study: Study, wanted: int | None, again: str) -> tuple[int, list[st
     if chosen not in complete:
         raise ConfigError(f"--trial {chosen}: no complete trial of {study.name}; the best is {result.best.number}")
     return chosen, list(complete[chosen].overrides)
+
+
+def check_kind(path: Path) -> None:
+    """Raise ConfigError for a study in place of a run's configuration."""
+    if path.is_file() and settings.read_tree(path, wanted="a run's configuration", flag="--to").keys() & {"space"}:
+        raise ConfigError(
+            f"--to {path}: a study; give the configuration of the large run, such as configs/maverick.yaml"
+        )
 
 
 def check_rules(made: Config) -> None:

@@ -30,6 +30,8 @@ SHARED = ("betas", "eps", "weight_decay")
 OF_THE_MODEL = (".overrides", ".source", ".transfer", ".quantize")
 OF_THE_SIZE = ("run.", "data.", "tokenizer.", "batch.", "parallel.", "tracking.", "evaluation.")
 """Paths of a space that say how large the small run is, and are not carried."""
+SEEN = {"width": 8, "depth": 4, "a step's tokens": 4, "the run's tokens": 4}
+"""How far `python -m sweeps transfer` looks by default."""
 NANO = "-nano"
 Notes = dict[tuple[str, ...], str]
 
@@ -169,7 +171,11 @@ def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, An
     }
     heads = before["head_dim"], here["head_dim"]
     other = f"; head_dim goes from {heads[0]} to {heads[1]}, which no rule covers" if heads[0] != heads[1] else ""
-    return "From the small model: " + ", ".join(f"{what} x{ratio:,.6g}" for what, ratio in ratios.items()) + other + "."
+    beyond = [what for what, ratio in ratios.items() if ratio > SEEN[what]]
+    seen = ", ".join(f"{what} x{SEEN[what]}" for what in beyond)
+    warning = f"\nBeyond what any check has seen ({seen}): climb in stages, see docs/transfer.md." if beyond else ""
+    distances = ", ".join(f"{what} x{ratio:,.6g}" for what, ratio in ratios.items())
+    return f"From the small model: {distances}{other}.{warning}"
 
 
 def _sizes(model: Model | Teacher) -> dict[str, Any]:

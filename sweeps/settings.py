@@ -22,7 +22,7 @@ from herd.run.store import shown
 
 Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
-STORAGE = re.compile(r"(sqlite|postgresql|mysql)(\+\w+)?://.+|journal:.+|grpc://.+:\d+")
+STORAGE = re.compile(r"sqlite(\+\w+)?:///(?!:memory:).+|(postgresql|mysql)(\+\w+)?://.+|journal:.+|grpc://.+:\d+")
 SET_BY_A_STUDY = (
     *("run.name", "run.folder", "run.seed", "run.keep_checkpoints", "run.ends"),
     *("tracking.register_models", "tracking.tags", "tracking.parent"),
@@ -59,9 +59,18 @@ class Range(Section):
         value = Decimal(str(self.low)) + index * Decimal(str(self.step))
         return int(value) if self.whole else float(value)
 
+    @field_validator("low", "high", "step", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is no number; use choices: [false, true]")
+        return value
+
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
-        if self.low >= self.high:
+        if self.low == self.high:
+            raise ValueError(f"low and high are both {self.low}; make high larger, or take the path out of the space")
+        if self.low > self.high:
             raise ValueError(f"low = {self.low} must be below high = {self.high}; swap them")
         if self.log and self.low <= 0:
             raise ValueError(f"low = {self.low} has no logarithm; use a low above 0, or log: false")
@@ -82,15 +91,23 @@ class Choices(Section):
     choices: list[Any] = Field(min_length=2)
     """Values of any kind, mappings and lists too."""
 
+    @field_validator("choices")
+    @classmethod
+    def _different(cls, choices: list[Any]) -> list[Any]:
+        texts = [config_text.write_inline(choice) for choice in choices]
+        if twice := [text for text in texts if texts.count(text) > 1]:
+            raise ValueError(f"{twice[0]} is there {texts.count(twice[0])} times; give every choice once")
+        return choices
+
 
 class Objective(Section):
-    metric: str
+    metric: str = Field(min_length=1)
     """`heldout/MODEL` (from the metrics stream), any other key of metrics.jsonl, or `evals/ENTRY/FIELD`."""
     direction: Literal["minimize", "maximize"] = "minimize"
 
 
 class Budget(Section):
-    trials: int = Field(20, gt=0)
+    trials: int = Field(20, gt=0, le=1_000_000)
     """Trials that end on their own or are pruned; those of killed workers are made up for."""
     hours: float | None = Field(None, gt=0.0)
     """No trial starts later than this after the command did."""
@@ -119,11 +136,18 @@ class Repeats(Section):
     seeds: int = Field(0, ge=0)
     """Fresh seeds the best trial and the defaults are run with at the end, paired; 0 for none."""
 
+    @field_validator("seeds")
+    @classmethod
+    def _enough(cls, seeds: int) -> int:
+        if seeds == 1:
+            raise ValueError("1 pair has no interval; use 2 or more, or 0 for none")
+        return seeds
+
 
 class Launch(Section):
     ranks: int = Field(1, gt=0)
     """Ranks of one trial."""
-    workers: int = Field(1, gt=0)
+    workers: int = Field(1, gt=0, le=1024)
     """Trials at one time on this machine."""
     program: list[str] = []
     """What runs a trial in place of `deepspeed --module distill`: a program that takes --config, --set and --resume
@@ -163,6 +187,29 @@ class Study(Section):
             known = "sqlite:///FILE, journal:FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
             raise ValueError(f"{shown(url)} is no storage; use {known}")
         return url
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _written(cls, space: Any) -> Any:
+        if space == {}:
+            raise ValueError("no path in it; give it some, such as optim.lr: {low: 1e-3, high: 1e-2, log: true}")
+        for path, part in space.items() if isinstance(space, dict) else ():
+            if isinstance(part, Section):
+                continue
+            if not isinstance(part, dict) or not part.keys() & {"low", "high", "choices"}:
+                shown = config_text.write_inline(part)
+                raise ValueError(f"{path} = {shown}: write {{low: NUMBER, high: NUMBER}} or {{choices: [ONE, OTHER]}}")
+        return space
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Study":
+        for path in self.space:
+            if inner := [other for other in self.space if other.startswith(f"{path}.")]:
+                raise ValueError(f"space.{inner[0]} lies in space.{path}, which is drawn as well; keep one of the two")
+        names = [objective.metric for objective in self.objectives]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"objectives: {twice[0]} is there {names.count(twice[0])} times; give every metric once")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Study":
@@ -216,8 +263,13 @@ class Study(Section):
     @property
     def storage_file(self) -> Path | None:
         """The file of a storage that is one."""
-        kind, _, rest = self.storage_url.partition(":")
-        return Path(rest.removeprefix("///")) if kind.partition("+")[0] in ("sqlite", "journal") else None
+        return file_of(self.storage_url)
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a storage's URL; None for a server."""
+    kind, _, rest = url.partition(":")
+    return Path(rest.removeprefix("///")) if kind.partition("+")[0] in ("sqlite", "journal") else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:

@@ -32,6 +32,17 @@ def overrides(params: dict[str, Any], space: Space) -> list[str]:
 
 def defaults(base: Config, space: Space) -> dict[str, Any] | None:
     """Optuna's parameters of the base configuration itself; None where one of its values lies outside the space."""
+    found = _base_values(base, space)
+    return None if None in found.values() else found
+
+
+def outside(base: Config, space: Space) -> list[str]:
+    """Paths at which the base has a value that is not in the space."""
+    return [path for path, value in _base_values(base, space).items() if value is None]
+
+
+def _base_values(base: Config, space: Space) -> dict[str, Any]:
+    """Optuna's parameter of the base's value at every path; None where it is not in the space."""
     tree = base.model_dump(mode="json")
     found = {}
     for path, part in space.items():
@@ -39,13 +50,10 @@ def defaults(base: Config, space: Space) -> dict[str, Any] | None:
         if isinstance(part, Choices):
             # Only what the choice says is compared: {kind: lead} is the base's {kind: lead, peak: 0.9, ...}.
             fitting = [choice for choice in part.choices if _agrees(value, choice)]
-            if not fitting:
-                return None
-            found[path] = config_text.write_inline(fitting[0])
-        elif isinstance(value, int | float) and _distribution(part)._contains(value):
-            found[path] = value
+            found[path] = config_text.write_inline(fitting[0]) if fitting else None
         else:
-            return None
+            inside = isinstance(value, int | float) and _distribution(part)._contains(value)
+            found[path] = value if inside else None
     return found
 
 

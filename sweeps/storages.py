@@ -19,15 +19,19 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from herd.run import config
 from herd.run.errors import ConfigError, EnvironmentFault, first_line
+from herd.run.files import full_disk
 from herd.run.folders import make_folder
 from herd.run.schema import Config
 from herd.run.store import held, shown
 from sweeps import spaces
 from sweeps.drivers import check_driver
-from sweeps.settings import Sampler, Study
+from sweeps.ledger import abandoned
+from sweeps.settings import Sampler, Study, file_of
+from sweeps.trial import set_aside
 
 PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
 FIRST_TRIALS_S, GLANCE_S = 30.0, 0.5  # another command may be putting the first trials in
@@ -41,14 +45,20 @@ Answer = TypeVar("Answer")
 def open_study(study: Study, base: Config) -> optuna.Study:
     """The study in its storage, made if it is not there, with trial 0 or the grid waiting in it.
 
-    Raises ConfigError when the storage holds a study of that name with other settings (the difference is shown),
-    EnvironmentFault when the storage does not answer.
+    Raises ConfigError when the storage holds a study of that name with other settings (the difference is shown) that
+    has found something; one that has not, as its base fails, begins anew. EnvironmentFault when it does not answer.
     """
     quiet()
     storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
     wanted = identity(study, base)
     tools = {"sampler": make_sampler(study.sampler), "pruner": make_pruner(study, base)}
     found, made = patiently(lambda: _make_or_load(study, storage, tools), study.storage_url)
+    if not made and _replaceable(found, wanted):
+        optuna.delete_study(study_name=study.name, storage=storage)
+        runs = sorted(study.home.glob("trial-*"))
+        kept = f"; its runs are kept in {set_aside(study.home, runs)}" if runs else ""
+        print(f"{study.name} begins anew: its settings changed, and no trial had ended well{kept}", flush=True)
+        found, made = patiently(lambda: _make_or_load(study, storage, tools), study.storage_url)
     if not made:  # by another command, perhaps a moment ago
         until = time.monotonic() + FIRST_TRIALS_S
         while SETTINGS not in found.user_attrs and time.monotonic() < until:
@@ -83,7 +93,10 @@ def find_study(study: Study, base: Config) -> optuna.Study | None:
         found = patiently(lambda: optuna.load_study(study_name=study.name, storage=storage), study.storage_url)
     except KeyError:
         return None
-    _check_same(study, found, identity(study, base))
+    wanted = identity(study, base)
+    if _replaceable(found, wanted):
+        return None
+    _check_same(study, found, wanted)
     return found
 
 
@@ -119,11 +132,13 @@ def _check_journal(file: Path) -> None:
 
 
 def patiently(call: Callable[[], Answer], url: str) -> Answer:
-    """The answer of a call to the storage, tried for about a minute; then EnvironmentFault."""
+    """The answer of a call to the storage, tried for about a minute; then EnvironmentFault, DiskFull at once."""
     for wait in (*PATIENCE_S, None):
         try:
             return call()
         except Exception as error:
+            if (full := full_disk(error, file_of(url))) is not None:
+                raise full from error
             if not _outage(error):
                 raise
             if wait is None:
@@ -189,6 +204,15 @@ def quiet() -> None:
     """Optuna speaks through us."""
     optuna.logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def _replaceable(found: optuna.Study, wanted: dict[str, Any]) -> bool:
+    """Whether a study of other settings has found nothing and is nobody's any more."""
+    if found.user_attrs.get(SETTINGS) in (None, wanted):
+        return False
+    trials = found.get_trials(deepcopy=False)
+    ended_well = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    return not ended_well and all(abandoned(trial) for trial in trials if trial.state == TrialState.RUNNING)
 
 
 def _check_same(study: Study, found: optuna.Study, wanted: dict[str, Any]) -> None:

@@ -8,9 +8,12 @@ run.stop(); run.last_words()
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from herd.run.files import write_atomic
@@ -116,10 +119,25 @@ class TrialRun:
     def last_words(self) -> str:
         """What the run said last on its log: its error line, where it had one."""
         if (code := self.code()) is not None and not 0 <= code < 128:
-            return f"killed by signal {code - 128 if code > 0 else -code}; out of memory, if nobody did it"
+            return killed(code - 128 if code > 0 else -code)
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
+        return (errors or lines or [f"exit code {code}, and it said nothing"])[-1].removeprefix("error: ")
+
+
+def killed(number: int) -> str:
+    """What ended a run, from the number of the signal."""
+    cause = "; out of memory, if nobody did it" if number == signal.SIGKILL else f" ({signal.strsignal(number)})"
+    return f"killed by signal {number}{cause}"
+
+
+def set_aside(home: Path, runs: Iterable[Path]) -> Path:
+    """Move runs that no trial can go on with out of the way of the next of their names; returns their new folder."""
+    place = next(place for number in count(1) if not (place := home / f"aside-{number}").exists())
+    place.mkdir()
+    for run in runs:
+        run.rename(place / run.name)
+    return place
 
 
 def clear_checkpoints(folder: Path) -> None:

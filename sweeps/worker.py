@@ -28,7 +28,7 @@ from sweeps import metrics, spaces, storages, tracking
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
 from sweeps.storages import Answer
-from sweeps.trial import Slot, TrialRun, clear_checkpoints
+from sweeps.trial import Slot, TrialRun, clear_checkpoints, set_aside
 
 GLANCE_S, WATCH_S = 0.25, 1.0
 STOPPED = "stopped"
@@ -115,7 +115,7 @@ class Worker:
             self.on_storage(lambda: self.ledger.pause(trial))
             raise Interrupted("") from None
         except ConfigError as error:  # an objective that no run reports
-            self.tell(trial, TrialState.FAIL, why=str(error))
+            self.on_storage(lambda: self.ledger.pause(trial))
             self.stop_all(str(error), error.exit_code)
         except Pruned as reason:
             self.tell(trial, TrialState.PRUNED, why=str(reason))
@@ -131,7 +131,7 @@ class Worker:
         for index in range(study.seeds):
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
             folder = self.follow(trial, one, overrides, study.seed + index, started)
-            found = {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
+            found = final_metrics(study, folder)
             if bad := [f"{metric} = {value}" for metric, value in found.items() if not math.isfinite(value)]:
                 raise Pruned(", ".join(bad))
             rows.append(list(found.values()))
@@ -206,12 +206,12 @@ class Worker:
         from_outside = not 0 < error.code < 128 or error.code == Interrupted.exit_code
         if from_outside and self.on_storage(lambda: self.ledger.retry(frozen, died=True)):
             return
-        self.tell(trial, TrialState.FAIL, why=str(error))
         ended = self.on_storage(self.ledger.ended)
-        failures = [t for t in ended if t.state == TrialState.FAIL]
         sound = any(t.state != TrialState.FAIL for t in ended)
-        if frozen.user_attrs.get("defaults") or (len(failures) >= MOST_FAILURES and not sound):
+        if frozen.user_attrs.get("defaults") or (len(ended) >= MOST_FAILURES - 1 and not sound):
+            self.on_storage(lambda: self.ledger.pause(trial))  # what ails it may be mended
             self.stop_all(line, ENVIRONMENT if from_outside else error.code)
+        self.tell(trial, TrialState.FAIL, why=str(error))
 
     def tell(self, trial: optuna.Trial, state: TrialState, values: list[float] | None = None, why: str = "") -> None:
         """End a trial in the storage; one that another worker ended meanwhile stays as it is."""
@@ -265,6 +265,14 @@ class Worker:
         place = f"{len(ended)}/{self.study.trials}"
         words = "  ".join(mine.user_attrs["overrides"])
         print(f"trial {trial.number} ({place})  {numbers}  {seconds:.0f} s  {words}", flush=True)
+
+
+def final_metrics(study: Study, folder: Path) -> dict[str, float]:
+    """The objectives of a run that ended well; ConfigError, and the run set aside, when one was never reported."""
+    try:
+        return {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the run is kept in {set_aside(study.home, [folder])}") from None
 
 
 def run_name(trial: optuna.Trial) -> str:

@@ -20,6 +20,7 @@ ALLOWED = {  # pydantic's error type -> what the field takes; {x} comes from the
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
     "float_parsing": "a number",
     "bool_parsing": "true or false",
     "float_type": "a number",
@@ -36,10 +37,12 @@ ALLOWED = {  # pydantic's error type -> what the field takes; {x} comes from the
     "less_than_equal": "{le:g} or less",
     "literal_error": "{expected}",
     "too_short": "of length {min_length} or more",
+    "string_too_short": "text of length {min_length} or more",
     "string_pattern_mismatch": "letters, digits and . _ - (the first a letter or digit)",
 }
 SIBLING_BONUS, NEAR_ENOUGH = 0.1, 0.65  # in units of difflib's ratio
 Location = tuple[str | int, ...]
+SCALARS = {"bool", "int", "float", "str"}  # of a union of these pydantic reports what each makes of a value
 MEMBER = re.compile(r"^(?:function-after\[\w+\(\), )?([A-Z]\w*)\]?$")  # how pydantic names a section in a location
 
 
@@ -96,6 +99,10 @@ def walk(location: Location, root: type[Section] = Config) -> tuple[Location, ty
             continue
         if _tags(annotation) and part in _tags(annotation):
             annotation = _tags(annotation)[part]
+            continue
+        if get_origin(annotation) in (Union, UnionType) and part in SCALARS & {
+            getattr(one, "__name__", "") for one in get_args(annotation)
+        }:
             continue
         if (member := _members(annotation).get(MEMBER.sub(r"\1", str(part)))) is not None:
             annotation = holder = member

@@ -23,7 +23,9 @@ NO_ROOM = {
     errno.EFBIG: "the file-size limit is reached",
 }
 # torch and safetensors write from C++ and Rust: the errno survives only in the text, or not at all.
-NO_ROOM_TEXT = re.compile(r"No space left on device|os error 28\b|PytorchStreamWriter failed|inline_container\.cc")
+NO_ROOM_TEXT = re.compile(
+    r"No space left on device|os error 28\b|PytorchStreamWriter failed|inline_container\.cc|database or disk is full"
+)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 

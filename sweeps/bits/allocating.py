@@ -12,15 +12,17 @@ from typing import Any
 from evals.heldout import rows_from
 from evals.intervals import group_rows
 from evals.rows import Rows
+from herd.data.corpora import check_source
 from herd.run.errors import ConfigError, Interrupted
 from herd.run.files import size
-from herd.run.folders import make_folder
+from herd.run.folders import check_folder, make_folder
 from quant.allocations import BF16
 from quant.exports import family
 from sweeps.bits import results, solutions
+from sweeps.bits.command import CHOICES
 from sweeps.bits.comparison import compare
 from sweeps.bits.meter import Meter
-from sweeps.bits.problem import Problem, make_problem
+from sweeps.bits.problem import Problem, fitting, make_problem
 from sweeps.bits.results import PLANNED, SEARCHED, Outcome
 from sweeps.bits.search import Point, Search
 from sweeps.bits.sensitivities import Sensitivities
@@ -60,6 +62,8 @@ def run(options: argparse.Namespace) -> str:
 
 def describe(options: argparse.Namespace) -> str:
     """Groups, what each choice takes, what would be measured. No weight is read."""
+    check_folder(options.out, "--out")
+    check_source(options.data)
     problem, budgets = _problem(options)
     lines = [
         f"{len(problem.groups)} groups, {problem.weights:,} weights, {problem.active_weights:,} read for a token",
@@ -110,6 +114,8 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 def _problem(options: argparse.Namespace) -> tuple[Problem, Budgets]:
+    if options.choices is None:
+        options.choices = fitting(options.model, CHOICES)
     problem = make_problem(options.model, options.choices)
     budgets = Budgets.of(problem, options.bits, options.active_bits)
     if options.around is None:

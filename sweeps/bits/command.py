@@ -45,7 +45,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="folder for measurements and results; made, or gone on with",
     )
-    add("--choices", nargs="+", default=list(CHOICES), metavar="LABEL", help=f"({' '.join(CHOICES)})")
+    add("--choices", nargs="+", metavar="LABEL", help=f"(those that fit of {' '.join(CHOICES)})")
     add(
         "--bits", metavar="X",
         help="bits per weight of the groups at most, scales included (4.5 without --active-bits); or one of the "

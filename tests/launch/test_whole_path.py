@@ -22,7 +22,7 @@ EXPORTS = {"scout-int4": "scout", "maverick-fp8": "maverick", "maverick-mixed-bi
 
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory):
-    """configs/smoke.yaml on two ranks, ended twice: when trained, then reported; one more export, a store of its own."""
+    """configs/smoke.yaml on two ranks, ended when trained, then reported; one more export, a store of its own."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "bits.json").write_text(json.dumps(BITS))
     trained = launch(folder, train_only=False, overrides=[MIXED.format(folder), "run.ends=trained"])

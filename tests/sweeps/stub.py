@@ -1,7 +1,8 @@
 """A stand-in for a training run: the same flags, the same files, a known optimum, and no training.
 
 Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step;
-STUB_FAIL=CODE ends with that code and STUB_NAN with a loss that is none, with STUB_SEED for that seed alone; every
+STUB_FAIL=CODE ends with that code and STUB_NAN with a loss that is none, with STUB_SEED for that seed alone;
+STUB_METRIC is what the loss is called; every
 start is a line in `starts` beside the run folders. Goes on from what metrics.jsonl holds.
 """
 
@@ -37,7 +38,7 @@ def main() -> int:
         for step in range(done + 1, int(sets["run.steps"]) + 1):
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
             loss = math.nan if chosen and "STUB_NAN" in os.environ else floor + 1 / step
-            record = {"step": step, "heldout/scout": loss, "pid": os.getpid()}
+            record = {"step": step, os.environ.get("STUB_METRIC", "heldout/scout"): loss, "pid": os.getpid()}
             file.write(json.dumps(record) + "\n")
             file.flush()
     Path(folder / "done").touch()

@@ -125,6 +125,17 @@ def test_the_same_command_measures_only_what_is_missing(model, done):
     assert trials == done["trials"]
 
 
+def test_choices_that_do_not_fit_are_left_out_unless_they_were_asked_for(model, tmp_path, capsys):
+    plan = ["bits", "--model", str(model), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main(plan) == 0
+    shown = capsys.readouterr().out
+    assert "int4-g32" in shown and "int4-g128" not in shown
+    assert main([*plan, "--choices", "int4-g128", "bf16"]) == 2
+    assert "--choices int4-g128: " in (line := capsys.readouterr().err) and line.endswith("; leave it out\n")
+    assert main([*plan, "--data", "nosuch/place/here"]) == 4
+    assert "nosuch/place/here" in capsys.readouterr().err
+
+
 def test_a_search_of_one_trial_has_results_too(model, tmp_path):
     few = ["--choices", "bf16", "int4-g32", "--trials", "1", "--bits", "16", "--around", "bf16"]
     assert main(words(model, tmp_path / "out", *few)) == 0

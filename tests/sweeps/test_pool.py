@@ -18,9 +18,10 @@ import pytest
 from optuna.trial import TrialState
 
 import sweeps
+from herd.run import config_text
 from herd.run.errors import ConfigError, EnvironmentFault
 from sweeps import Range, checks, spaces, storages
-from sweeps.__main__ import describe
+from sweeps.__main__ import describe, main
 from sweeps.ledger import Ledger
 from sweeps.trial import Slot
 from sweeps.worker import Pruned, TrialsFail, Worker
@@ -101,6 +102,37 @@ def test_a_base_that_fails_stops_the_study_after_its_first_trial(tmp_path, monke
         sweeps.run(study)
     assert caught.value.exit_code == 4
     assert (study.home / "starts").read_text().split() == ["trial-0000"]
+
+
+@pytest.mark.parametrize("fault", [("STUB_FAIL", "4"), ("STUB_METRIC", "heldout/other")])
+def test_a_base_that_failed_is_tried_again_once_what_ails_it_is_mended(tmp_path, monkeypatch, fault):
+    study = studies.make(tmp_path, budget={"trials": 2})
+    monkeypatch.setenv(*fault)
+    with pytest.raises(TrialsFail):
+        sweeps.run(study)
+    monkeypatch.delenv(fault[0])
+    result = sweeps.run(study)
+    assert [trial.state for trial in result.trials] == ["complete"] * 2 and result.default is not None
+
+
+def test_a_study_that_has_found_nothing_begins_anew_with_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FAIL", "2")
+    with pytest.raises(TrialsFail):
+        sweeps.run(studies.make(tmp_path, budget={"trials": 2}))
+    monkeypatch.delenv("STUB_FAIL")
+    study = studies.make(tmp_path, budget={"trials": 2}, set=["run.steps=3", "tracking.enabled=false"])
+    assert "trial 0   the base as it is" in describe(study)
+    result = sweeps.run(study)
+    assert [trial.state for trial in result.trials] == ["complete"] * 2 and result.default is not None
+
+
+def test_a_study_without_a_complete_trial_says_so_with_exit_code_5(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STUB_FAIL", "5")
+    path = tmp_path / "study.yaml"
+    study = studies.make(tmp_path, budget={"trials": 1})
+    path.write_text(config_text.write(study.model_dump(mode="json", exclude_none=True)))
+    assert main(["--study", str(path)]) == 5
+    assert "stubbed: no trial is complete, so there is no best one" in capsys.readouterr().err
 
 
 def test_trials_without_a_finite_loss_are_pruned_and_the_study_goes_on(tmp_path, monkeypatch):

@@ -43,6 +43,8 @@ def ran(folder, found=FOUND, values=((4.5,),), **changes):
 def test_the_rules_written_are_those_from_the_small_model_to_the_large(tmp_path):
     out = tmp_path / "big.yaml"
     scale.write(ran(tmp_path), BIG, out)
+    head = out.read_text().partition("run:")[0]
+    assert "# Planned cost:" in head and "# days " in head
     made = config.load(out)
     student = made.students["maverick"]
     assert (student.lr, made.teacher.lr, made.optim.weight_decay, made.loss.temperature) == (0.003, 0.002, 0.03, 1.5)
@@ -138,7 +140,7 @@ def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
     from_fresh = ["--from", yaml_of(fresh, tmp_path), "--to", str(BIG)]
     assert "no such study in sqlite" in failing(capsys, from_fresh)
     storages.open_study(fresh, config.load(fresh.base, fresh.set))
-    assert "no trial is complete yet" in failing(capsys, from_fresh)
+    assert "0 of 5 trials have ended, none of them complete" in failing(capsys, from_fresh)
     only_scout = ran(tmp_path / "scout", set=["students={scout: {source: scout-nano}}"])
     line = failing(capsys, ["--from", yaml_of(only_scout, tmp_path), "--to", str(BIG)])
     assert "students.maverick.source = maverick: the study trained models of another kind (scout-nano)" in line
@@ -153,6 +155,7 @@ def test_what_cannot_be_carried_is_one_line(tmp_path, capsys):
     assert f"--out: {BIG} is a file, not a folder" in failing(capsys, [*to, "--out", str(BIG / "big.yaml")])
     assert "a folder; name the file to write" in failing(capsys, [*to, "--out", str(tmp_path)])
     assert "absent.yaml: no such file; --to takes" in failing(capsys, [*to[:3], "absent.yaml"])
+    assert "a study; give the configuration" in failing(capsys, [*to[:3], yaml_of(again, tmp_path)])
 
 
 def test_a_commented_file_reads_back_equal_with_each_note_above_its_key():

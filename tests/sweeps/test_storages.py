@@ -1,14 +1,16 @@
 """Samplers and storages by name, without any run."""
 
 import math
+import sqlite3
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from pydantic import ValidationError
 
-from herd.run.errors import ConfigError, EnvironmentFault
+from herd.run.errors import ConfigError, DiskFull, EnvironmentFault
 from sweeps import Range, checks, results, spaces, storages
 from sweeps.drivers import check_driver
 from sweeps.settings import Sampler
@@ -119,3 +121,16 @@ def test_a_storage_that_does_not_answer_is_asked_for_a_while_and_its_password_ke
     with pytest.raises(EnvironmentFault, match="postgresql://host/optuna does not answer") as caught:
         storages.patiently(refuse, "postgresql://me:secret@host/optuna")
     assert waits == list(storages.PATIENCE_S) and "secret" not in str(caught.value)
+
+
+def test_a_full_disk_under_the_storage_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(storages.time, "sleep", lambda _: pytest.fail("waited"))
+
+    def write():
+        try:
+            raise sqlite3.OperationalError("database or disk is full")
+        except sqlite3.OperationalError as error:
+            raise StorageInternalError("An exception is raised during the commit.") from error
+
+    with pytest.raises(DiskFull, match=r"cannot write .*study.db: the disk is full"):
+        storages.patiently(write, f"sqlite:///{tmp_path / 'study.db'}")
