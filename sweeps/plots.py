@@ -81,6 +81,7 @@ def curves(study: Study, trials: list[FrozenTrial], result: Result, size: Size) 
                 markevery=[-1] if pruned else None,
             )
         axes.set(title=study.objectives[0].metric, xlabel="step" if study.seeds == 1 else "seed")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _robust_limits(axes, [value for trial in shown for value in trial.intermediate_values.values()])
 
     return "Within trials", "Blue: the best. Orange, ending in a cross: pruned.", _single(fill, size)
