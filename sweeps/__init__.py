@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sweeps.pool import run
+    from sweeps.ranges import Choices, Range
     from sweeps.results import Result
-    from sweeps.settings import Choices, Objective, Range, Study, load
+    from sweeps.settings import Objective, Study, load
 
 __all__ = ["Choices", "Objective", "Range", "Result", "Study", "load", "run"]
 
 _HOMES = {
-    "Choices": "sweeps.settings",
+    "Choices": "sweeps.ranges",
     "Objective": "sweeps.settings",
-    "Range": "sweeps.settings",
+    "Range": "sweeps.ranges",
     "Result": "sweeps.results",
     "Study": "sweeps.settings",
     "load": "sweeps.settings",

@@ -10,7 +10,7 @@ from pathlib import Path
 from herd.run import cli, config_text
 from herd.run.errors import ConfigError, NumericalError
 from herd.run.store import shown
-from sweeps import scale, settings
+from sweeps import ranges, scale, settings
 from sweeps.bits.command import main as allocate_bits
 from sweeps.transfer.command import main as check_transfer
 
@@ -99,8 +99,8 @@ def describe(study: settings.Study) -> str:
     return "\n".join(lines)
 
 
-def _values(part: settings.Range | settings.Choices) -> str:
-    if isinstance(part, settings.Choices):
+def _values(part: ranges.Range | ranges.Choices) -> str:
+    if isinstance(part, ranges.Choices):
         return " | ".join(config_text.write_inline(choice) for choice in part.choices)
     step = f" by {part.step}" if part.step else ", logarithmic" if part.log else ""
     return f"{part.low} to {part.last}{step}"

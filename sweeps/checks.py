@@ -14,7 +14,8 @@ from herd.run.errors import ConfigError
 from herd.run.folders import check_folder
 from herd.run.schema import Config
 from sweeps.drivers import check_driver
-from sweeps.settings import PRUNERS_ON_STEPS, Choices, Study
+from sweeps.ranges import Choices
+from sweeps.settings import PRUNERS_ON_STEPS, Study
 
 NEAR_ENOUGH = 0.8  # of difflib's ratio: a metric so like a known one is a slip, not one of the stream's other numbers
 

@@ -18,8 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from herd.report.style import MUTED, Size, new_figure, settle, styled
 from sweeps.ledger import Ledger
+from sweeps.ranges import Range
 from sweeps.results import Result
-from sweeps.settings import Range, Study
+from sweeps.settings import Study
 
 BEST, OTHER, PRUNED = "#0072b2", "#9ca3af", "#e69f00"
 FEWEST_FOR_IMPORTANCE = 8

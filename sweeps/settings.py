@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +18,7 @@ from herd.run import config_faults, config_text
 from herd.run.errors import ConfigError
 from herd.run.section import Name, Section
 from herd.run.store import shown
+from sweeps.ranges import Choices, Range
 
 Filled = TypeVar("Filled", bound=Section)
 PRUNERS_ON_STEPS = ("halving", "hyperband", "median")
@@ -28,76 +28,6 @@ SET_BY_A_STUDY = (
     *("tracking.register_models", "tracking.tags", "tracking.parent"),
 )
 OF_A_STUDY = "a study has base, space, objectives, ..."
-
-
-class Range(Section):
-    low: float | int
-    high: float | int
-    log: bool = False
-    """Sample the logarithm."""
-    step: float | int | None = Field(None, gt=0)
-    """Only low, low + step, ..."""
-
-    @property
-    def whole(self) -> bool:
-        """Whole numbers only: both ends are written without a point."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
-
-    @property
-    def last(self) -> float | int:
-        """The highest value there is: `high`, or the last step below it."""
-        return self.high if self.step is None else self.point(self.count - 1)
-
-    @property
-    def count(self) -> int:
-        """How many values a range with a step has."""
-        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
-        return int((high - low) // step) + 1
-
-    def point(self, index: int) -> float | int:
-        """One of them: decimal numbers as they are written, low + 2 * 0.1 is low + 0.2."""
-        value = Decimal(str(self.low)) + index * Decimal(str(self.step))
-        return int(value) if self.whole else float(value)
-
-    @field_validator("low", "high", "step", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError(f"{str(value).lower()} is no number; use choices: [false, true]")
-        return value
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Range":
-        if self.low == self.high:
-            raise ValueError(f"low and high are both {self.low}; make high larger, or take the path out of the space")
-        if self.low > self.high:
-            raise ValueError(f"low = {self.low} must be below high = {self.high}; swap them")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low = {self.low} has no logarithm; use a low above 0, or log: false")
-        if self.log and self.step is not None:
-            raise ValueError("log and step exclude one another; drop one")
-        if self.step is not None and self.step > self.high - self.low:
-            raise ValueError(
-                f"step = {self.step} leads beyond high = {self.high} at once; use {self.high - self.low:g} or less"
-            )
-        if self.step is not None and self.whole and self.step != int(self.step):
-            raise ValueError(
-                f"step = {self.step} between whole numbers; write low and high with a point, or a whole step"
-            )
-        return self
-
-
-class Choices(Section):
-    choices: list[Any] = Field(min_length=2)
-    """Values of any kind, mappings and lists too."""
-
-    @field_validator("choices")
-    @classmethod
-    def _different(cls, choices: list[Any]) -> list[Any]:
-        texts = [config_text.write_inline(choice) for choice in choices]
-        if twice := [text for text in texts if texts.count(text) > 1]:
-            raise ValueError(f"{twice[0]} is there {texts.count(twice[0])} times; give every choice once")
-        return choices
 
 
 class Objective(Section):

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from herd.run import config_text
 from herd.run.schema import Config
-from sweeps.settings import Choices, Range
+from sweeps.ranges import Choices, Range
 
 Space = dict[str, Range | Choices]
 

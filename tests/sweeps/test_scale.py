@@ -12,7 +12,7 @@ from herd.run import config, config_text
 from herd.run.errors import ConfigError
 from sweeps import Objective, annotated, scale, scaling, storages
 from sweeps import __main__ as command
-from sweeps.settings import Choices, Range
+from sweeps.ranges import Choices, Range
 from tests.sweeps import studies
 
 BIG = studies.ROOT / "configs" / "maverick.yaml"
