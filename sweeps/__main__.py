@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         result = pool.run(study, command=cli.command_line("sweeps", argv))
         print(f"\n{result.table()}\n\nreport: {study.home / 'report.html'}")
         if result.best is None:
+            why = next((f" ({trial.why}, for one)" for trial in result.trials if trial.why), "")
             raise NumericalError(
-                f"{study.name}: no trial is complete, so there is no best one ({result.trials[0].why}, for one); "
-                "mend the base, or search elsewhere"
+                f"{study.name}: no trial is complete, so there is no best one{why}; mend the base, or search elsewhere"
             )
 
     return cli.main_guard(body)
