@@ -19,10 +19,9 @@ from herd.run.folders import check_folder, make_folder
 from quant.allocations import BF16
 from quant.exports import family
 from sweeps.bits import results, solutions
-from sweeps.bits.command import CHOICES
 from sweeps.bits.comparison import compare
 from sweeps.bits.meter import Meter
-from sweeps.bits.problem import Problem, fitting, make_problem
+from sweeps.bits.problem import Problem, make_problem
 from sweeps.bits.results import PLANNED, SEARCHED, Outcome
 from sweeps.bits.search import Point, Search
 from sweeps.bits.sensitivities import Sensitivities
@@ -114,8 +113,6 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 def _problem(options: argparse.Namespace) -> tuple[Problem, Budgets]:
-    if options.choices is None:
-        options.choices = fitting(options.model, CHOICES)
     problem = make_problem(options.model, options.choices)
     budgets = Budgets.of(problem, options.bits, options.active_bits)
     if options.around is None:

@@ -89,9 +89,11 @@ def run(options: argparse.Namespace) -> None:
     import transformers
 
     from sweeps.bits import allocating
+    from sweeps.bits.problem import fitting
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    options.choices = options.choices or fitting(options.model, CHOICES)
     if options.dry_run:
         print(allocating.describe(options))
         return
