@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "recipe.json"
 STUDY, NANO = "configs/sweeps/proxy.yaml", "configs/nano.yaml"
 FIRST_SEED = 2000
-COMMON = ("run.ends=trained", "data.heldout_rows=256", "tracking.enabled=false")
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
     def run(job: tuple[str, int]) -> dict[str, float]:
         arm, seed = job
         config = NANO if arm == "by-hand" else str(carried)
-        sets = (f"run.seed={seed}", *COMMON, *options.set)
+        sets = (f"run.seed={seed}", *quality.OF_THE_HERD, *options.set)
         return quality.distill(config, f"recipe-{what}-{arm}-{seed}", sets)
 
     with ThreadPoolExecutor(options.workers) as pool:

@@ -84,7 +84,9 @@ def check_pruner(study: Study, base: Config) -> None:
 
 
 def check_ranks(study: Study, base: Config) -> None:
-    """Refuse a number of ranks that the base's batch, or its experts, cannot be split over."""
+    """Refuse a number of ranks that the base's batch, or its experts, cannot be split over, unless searched."""
+    if any(path.partition(".")[0] in ("batch", "parallel") for path in study.space):
+        return
     try:
         split_batch(base, study.launch.ranks)
     except ConfigError as error:

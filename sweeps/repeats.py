@@ -61,7 +61,8 @@ def run_missing(
 ) -> None:
     """Run those that have not ended well before, as many at a time as there are slots."""
     waiting = [key for key, one in runs.items() if not one.is_done()]
-    print(f"{len(waiting)} of {len(runs)} repeats with fresh seeds are still to run", flush=True)
+    if waiting:
+        print(f"{len(waiting)} of {len(runs)} repeats with fresh seeds are still to run", flush=True)
     running: dict[int, TrialRun] = {}
     try:
         while waiting or running:

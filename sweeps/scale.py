@@ -6,6 +6,7 @@ main(["--from", "configs/sweeps/rates.yaml", "--to", "configs/maverick.yaml"]) r
 import shlex
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from herd.llama4.specs import find_spec
 from herd.run import cli, config, config_text
@@ -16,6 +17,9 @@ from herd.run.schema import Config
 from herd.run.store import shown
 from sweeps import annotated, settings
 from sweeps.settings import Study
+
+if TYPE_CHECKING:
+    from herd.llama4.plan import Plan
 
 DESCRIPTION = """Write the configuration of a large run with what a study found at small size: rates, decay, epsilon and
 initial spread by the rules of hyperparameter transfer, each with the rule and the fit behind it, and print its cost."""
@@ -55,12 +59,12 @@ def main(argv: list[str]) -> int:
         words = "".join(f" --set {shlex.quote(word)}" for word in arguments.set)
         again = f"python -m sweeps --study {arguments.study}{words}"
         out = arguments.out or study.home / arguments.to.name
-        scaled = write(
+        scaled, plans = write(
             study, arguments.to, out, fit=arguments.fit, trial=arguments.trial, again=again, world_size=world_size
         )
         from distill import plan
 
-        plan.show_plans(scaled, plan.plan_run(scaled, world_size=world_size), world_size=world_size, mfu=MFU)
+        plan.show_plans(scaled, plans, world_size=world_size, mfu=MFU)
 
     return cli.main_guard(body)
 
@@ -74,8 +78,10 @@ def write(
     trial: int | None = None,
     again: str = "",
     world_size: int | None = None,
-) -> Config:
-    """Write `out`, after it has been checked as the trainer would; returns it. Raises ConfigError or DataError.
+) -> tuple[Config, "dict[str, Plan]"]:
+    """Write `out`, after it has been checked as the trainer would; returns it and what it is planned to cost.
+
+    Raises ConfigError or DataError.
 
     trial: which one; by default the best. again: the command that runs the study, for the message that it has not.
     world_size: ranks that the cost in its head is of, by default as many as spread the experts.
@@ -96,12 +102,13 @@ def write(
     made = _validated(annotated.write(scaled.tree, scaled.notes), to)
     check_rules(made)
     ranks = world_size or made.parallel.expert_parallel
-    costs = plan.costs(made, plan.plan_run(made, world_size=ranks), world_size=ranks, mfu=MFU)
+    plans = plan.plan_run(made, world_size=ranks)
+    costs = plan.costs(made, plans, world_size=ranks, mfu=MFU)
     text = annotated.write(scaled.tree, scaled.notes, header="\n".join([header, "Planned cost:", *costs]))
     make_folder(out.parent, "--out")
     write_atomic(out, text)
     print(f"{out}: {who}")
-    return made
+    return made, plans
 
 
 def found_by(study: Study, wanted: int | None, again: str) -> tuple[int, list[str]]:

@@ -13,6 +13,7 @@ from herd.llama4.specs import SPECS, find_spec
 from herd.run import config_overrides, config_text
 from herd.run.errors import ConfigError, DataError
 from herd.run.schema import Config, Model, Teacher, Transfer
+from sweeps.transfer.settings import TransferCheck
 
 SIZES = (
     "hidden_size",
@@ -30,8 +31,7 @@ SHARED = ("betas", "eps", "weight_decay")
 OF_THE_MODEL = (".overrides", ".source", ".transfer", ".quantize")
 OF_THE_SIZE = ("run.", "data.", "tokenizer.", "batch.", "parallel.", "tracking.", "evaluation.")
 """Paths of a space that say how large the small run is, and are not carried."""
-SEEN = {"width": 8, "depth": 4, "a step's tokens": 4, "the run's tokens": 4}
-"""How far `python -m sweeps transfer` looks by default."""
+SAID = {"width": "width", "depth": "depth", "batch": "a step's tokens", "tokens": "the run's tokens"}
 NANO = "-nano"
 Notes = dict[tuple[str, ...], str]
 
@@ -45,6 +45,8 @@ class Fit:
     """Fields of `transfer`: the exponent of the horizon, and what else the check went by."""
     notes: dict[str, str]
     """Direction or exponent -> a line."""
+    reach: dict[str, int]
+    """Direction -> the largest ratio that was looked at."""
 
     @classmethod
     def read(cls, path: Path) -> "Fit":
@@ -63,7 +65,8 @@ class Fit:
         rules["horizon_exponent"], notes["horizon_exponent"] = _horizon(
             exponents.get("horizon"), settings["horizon_exponent"]
         )
-        return cls(str(path), rules, notes)
+        reach = {grid["along"]: _reach(grid) for grid in tree["grids"] if grid["ruled"]}
+        return cls(str(path), rules, notes, reach)
 
 
 @dataclass
@@ -93,7 +96,7 @@ def carry(
         rate = kin.lr or small.optim.lr
         scaled.put((*path, "lr"), rate, f"{who}; per tensor the rules of `transfer` multiply it.")
         block = _transfer(own, kin, small, large, fit)
-        scaled.put((*path, "transfer"), block, f"{_distance(own, kin, block, large)}\n{_reasons(fit)}")
+        scaled.put((*path, "transfer"), block, f"{_distance(own, kin, block, large, fit)}\n{_reasons(fit)}")
     for name in SHARED:
         value = getattr(small.optim, name)
         value = list(value) if isinstance(value, tuple) else value
@@ -158,23 +161,25 @@ def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: 
     return block | (fit.rules if fit else {})
 
 
-def _distance(own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config) -> str:
-    """How far the settings are carried."""
+def _distance(
+    own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config, fit: Fit | None
+) -> str:
+    """How far the settings are carried, and where that is further than the check (the default one's sizes) has been."""
     before, here = _sizes(kin), _sizes(own)
     step_tokens = large.batch.rows * large.data.sequence_length
     steps = large.run.steps + (large.teacher.head_start if isinstance(own, Teacher) else 0)
     ratios = {
         "width": here["hidden_size"] / before["hidden_size"],
         "depth": here["num_hidden_layers"] / before["num_hidden_layers"],
-        "a step's tokens": step_tokens / block["batch_tokens"],
-        "the run's tokens": steps * step_tokens / block["tokens"],
+        "batch": step_tokens / block["batch_tokens"],
+        "tokens": steps * step_tokens / block["tokens"],
     }
     heads = before["head_dim"], here["head_dim"]
     other = f"; head_dim goes from {heads[0]} to {heads[1]}, which no rule covers" if heads[0] != heads[1] else ""
-    beyond = [what for what, ratio in ratios.items() if ratio > SEEN[what]]
-    seen = ", ".join(f"{what} x{SEEN[what]}" for what in beyond)
-    warning = f"\nBeyond what any check has seen ({seen}): climb in stages, see docs/transfer.md." if beyond else ""
-    distances = ", ".join(f"{what} x{ratio:,.6g}" for what, ratio in ratios.items())
+    reach = fit.reach if fit else {along: max(grid.factors) for along, grid in TransferCheck().grids.items()}
+    seen = ", ".join(f"{SAID[a]} x{reach.get(a, 1)}" for a, ratio in ratios.items() if ratio > reach.get(a, 1))
+    warning = f"\nBeyond what the check has seen ({seen}): climb in stages, see docs/transfer.md." if seen else ""
+    distances = ", ".join(f"{SAID[along]} x{ratio:,.6g}" for along, ratio in ratios.items())
     return f"From the small model: {distances}{other}.{warning}"
 
 
@@ -214,11 +219,14 @@ def _horizon(fitted: Mapping[str, Any] | None, assumed: float) -> tuple[float, s
 def _seen(grid: Mapping[str, Any]) -> str:
     slope, ends = grid["slope"]["value"], grid["slope"]["interval"]
     shown = f"{slope:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "")
-    largest = max(size["factor"] for size in grid["sizes"])
     return (
-        f"seen to x{largest}: best rate's slope {shown}, moved {grid['moved']:.1f} steps of 2^0.5, "
+        f"seen to x{_reach(grid)}: best rate's slope {shown}, moved {grid['moved']:.1f} steps of 2^0.5, "
         f"carrying over cost {grid['excess']:.2%}"
     )
+
+
+def _reach(grid: Mapping[str, Any]) -> int:
+    return max(size["factor"] for size in grid["sizes"])
 
 
 def _of_the_size(path: str) -> bool:

@@ -92,7 +92,7 @@ class Study(Section):
     """Configuration every trial starts from."""
     set: list[str] = []
     """Overrides of the base, as --set takes them."""
-    space: dict[str, Range | Choices] = Field(min_length=1)
+    space: dict[str, Range | Choices]
     """Path in the configuration -> what it may be."""
     objectives: list[Objective] = Field(min_length=1)
     budget: Budget = Budget()

@@ -113,7 +113,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 def _problem(options: argparse.Namespace) -> tuple[Problem, Budgets]:
-    problem = make_problem(options.model, options.choices)
+    problem = make_problem(options.model, options.choices, leave_out=options.leave_out)
     budgets = Budgets.of(problem, options.bits, options.active_bits)
     if options.around is None:
         options.around = budgets.dearest(problem)

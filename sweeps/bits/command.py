@@ -78,6 +78,8 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    options.leave_out = options.choices is None
+    options.choices = options.choices or list(CHOICES)
     if options.bits is None and options.active_bits is None:
         options.bits = "4.5"
     options.data = data_of(options.model, source=options.data, sequence_length=options.sequence_length)
@@ -89,11 +91,9 @@ def run(options: argparse.Namespace) -> None:
     import transformers
 
     from sweeps.bits import allocating
-    from sweeps.bits.problem import fitting
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options.choices = options.choices or fitting(options.model, CHOICES)
     if options.dry_run:
         print(allocating.describe(options))
         return

@@ -84,28 +84,26 @@ class Problem:
         return {group.name: label for group in self.groups}
 
 
-def fitting(folder: str | Path, labels: Sequence[str]) -> list[str]:
-    """Those of the labels that fit every layer of a model folder."""
-    source = open_source(folder)
+def make_problem(folder: str | Path, labels: Sequence[str], *, leave_out: bool = False) -> Problem:
+    """The groups of a model folder; ConfigError for an unknown label, or for one that does not fit a layer.
 
-    def fits(label: str) -> bool:
-        scheme = labelled(label)
-        try:
-            return scheme is None or bool(make_plan(source, scheme))
-        except ConfigError:
-            return False
-
-    return [label for label in labels if fits(label)]
-
-
-def make_problem(folder: str | Path, labels: Sequence[str]) -> Problem:
-    """The groups of a model folder; ConfigError for an unknown label or one that does not fit a layer."""
+    leave_out: do without those that do not fit.
+    """
     schemes = {label: labelled(label) for label in dict.fromkeys(labels)}
     if len(schemes) < 2:
         raise ConfigError(f"--choices {' '.join(labels)}: give two different ones at least")
     source = open_source(folder)
     plain = make_plan(source, ANY)
-    plans = {label: _plan(source, label, scheme) for label, scheme in schemes.items() if scheme is not None}
+    plans = {}
+    for label, scheme in [*schemes.items()]:
+        try:
+            if scheme is not None:
+                plans[label] = make_plan(source, scheme)
+        except ConfigError as error:
+            if not leave_out:
+                fault = str(error).partition("; use ")[0]
+                raise ConfigError(f"--choices {label}: {fault}; leave it out") from None
+            del schemes[label]
     shapes = {layer.name: layer.shape for layer in plain.layers}
     text = plain.config.get_text_config()
     groups = []
@@ -120,14 +118,6 @@ def make_problem(folder: str | Path, labels: Sequence[str]) -> Problem:
         groups.append(Group(name, tuple(layers), weights, sizes, experts, reading))
     fixed = sum(header_bytes(header) for header in plain.kept.values())
     return Problem(tuple(groups), tuple(schemes), fixed, text.vocab_size, source, plans)
-
-
-def _plan(source: Source, label: str, scheme: Scheme) -> Plan:
-    try:
-        return make_plan(source, scheme)
-    except ConfigError as error:
-        fault = str(error).partition("; use ")[0]
-        raise ConfigError(f"--choices {label}: {fault}; leave it out") from None
 
 
 def _layer_bytes(scheme: Scheme | None, shape: tuple[int, int]) -> int:
