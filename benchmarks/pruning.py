@@ -2,8 +2,8 @@
 
     python -m benchmarks.pruning [--workers 2] [--seeds 3] [--orders 200]
 
-A seed is a study's: rows, start, sampler. Then every pruner reads the unpruned curves again in other orders, which is
-exact: a pruned trial is the beginning of the whole one, bit for bit. Writes benchmarks/results/pruning.json.
+A seed is a study's: rows, start, sampler. Halving by 2 and by 3 are run; all pruners read the unpruned curves again in
+other orders, which is exact: a pruned trial is the beginning of the whole one. Writes benchmarks/results/pruning.json.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from sweeps.settings import Pruner, Study
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
 STUDY = ROOT / "benchmarks" / "pruning.yaml"
+FACTORS = (2, 3)  # of halving, in studies that are run
 PRUNERS = (
     Pruner(kind="halving", factor=2),
     Pruner(kind="halving", factor=3),
@@ -102,25 +103,25 @@ def summary(study: Study) -> dict[str, object]:
 
 
 def compare(seed: int, workers: int, orders: int) -> dict[str, object]:
-    """One seed's study without pruning and with it; the repeats of the second say what its best is worth."""
-    own = [f"name=pruning-{seed}", f"seed={SPREAD * seed}", f"sampler.seed={seed}"]
-    pruned = settings.load(STUDY, own)
+    """One seed's study without pruning and with it; the repeats of the latter say what their best is worth."""
+    own = [f"seed={SPREAD * seed}", f"sampler.seed={seed}"]
     whole = settings.load(STUDY, [*own, f"name=pruning-{seed}-unpruned", "pruner={kind: none}", "repeats.seeds=0"])
     sweeps.run(whole, workers=workers)
-    result = sweeps.run(pruned, workers=workers)
-    found = {"seed": seed, "unpruned": summary(whole), "pruned": summary(pruned)}
-    found["saving"] = found["unpruned"]["steps"] / found["pruned"]["steps"]
-    found["repeats"] = result.repeats
-    return found | {"replays": in_other_orders(whole, orders)}
+    found = {"seed": seed, "unpruned": summary(whole), "pruned": {}, "replays": in_other_orders(whole, orders)}
+    for factor in FACTORS:
+        pruned = settings.load(STUDY, [*own, f"name=pruning-{seed}-by-{factor}", f"pruner.factor={factor}"])
+        repeats = sweeps.run(pruned, workers=workers).repeats
+        one = found["pruned"][f"halving by {factor}"] = summary(pruned) | {"repeats": repeats}
+        one["saving"] = found["unpruned"]["steps"] / one["steps"]
+    return found
 
 
 def show(found: dict[str, object]) -> None:
     """One seed's comparison, in words."""
-    for name in ("unpruned", "pruned"):
-        one = found[name]
+    for name, one in {"unpruned": found["unpruned"], **found["pruned"]}.items():
         ended = f"{one['complete']} of {one['trials']} trials to the end"
-        print(f"seed {found['seed']}  {name:9} {one['steps']:6} steps  best {one['best']:.4f}  {ended}")
-    print(f"saving    {found['saving']:.2f}x")
+        saving = f", {one['saving']:.2f}x" if "saving" in one else ""
+        print(f"seed {found['seed']}  {name:12} {one['steps']:6} steps{saving}  best {one['best']:.4f}  {ended}")
     for row in found["replays"]:
         low, *_, high = row["saving_deciles"]
         print(f"{row['pruner']:9} factor {row['factor']}: {row['saving_median']:.2f}x, deciles {low:.2f} - {high:.2f}")
@@ -142,9 +143,11 @@ def main() -> None:
         found.append(compare(seed, options.workers, options.orders))
         write_atomic(RESULTS, json.dumps(found, indent=1) + "\n")
         show(found[-1])
-    steps = {kind: sum(pair[kind]["steps"] for pair in found) for kind in ("unpruned", "pruned")}
-    worse = [pair["pruned"]["best"] - pair["unpruned"]["best"] for pair in found]
-    print(f"all together {steps['unpruned'] / steps['pruned']:.2f}x, best value {statistics.fmean(worse):+.4f} nats")
+    unpruned = sum(one["unpruned"]["steps"] for one in found)
+    for name in found[0]["pruned"]:
+        saving = unpruned / sum(one["pruned"][name]["steps"] for one in found)
+        worse = statistics.fmean(one["pruned"][name]["best"] - one["unpruned"]["best"] for one in found)
+        print(f"{name}, all seeds: {saving:.2f}x, best value {worse:+.4f} nats")
 
 
 if __name__ == "__main__":
