@@ -80,9 +80,9 @@ def _torchao(algorithm: str, group: int) -> Row:
 
 ROWS = (
     Row("Meta absmax/8 g128", "ours", "absmax8", {"group_size": 128}, 128),
-    *(_ours(method, 128) for method in ("rtn", "hqq", "awq", "gptq", "signround")),
+    *(_ours(method, 128) for method in ("rtn", "hqq", "awq", "gptq", "gptq-gated", "signround")),
     _ours("gptq", 128, "int4-asym"),
-    *(_ours(method, 64) for method in ("rtn", "gptq")),
+    *(_ours(method, 64) for method in ("rtn", "gptq", "gptq-gated")),
     *(_llmc(method, 128) for method in ("rtn", "awq", "gptq")),
     *(_llmc(method, 64) for method in ("rtn", "gptq")),
     Row("bitsandbytes nf4", "bitsandbytes", "bitsandbytes_nf4", {"block": 64, "double": False}),

@@ -195,6 +195,8 @@ _NEAREST = "Weights are rounded to nearest with a searched scale per group; no c
 _CHOSEN = {
     "hqq": "Scales (and zeros) were fitted by half-quadratic quantisation; no calibration data was used. ",
     "gptq": "Weights were rounded by GPTQ on calibration rows (calibration.json tells what every expert saw). ",
+    "gptq-gated": "Weights were rounded by GPTQ on calibration rows (calibration.json tells what every expert saw), "
+    "gate and up projections then refined by what their errors do behind the activation. ",
     "awq": "Channels were scaled by AWQ on calibration rows (calibration.json), the scales folded into norms, "
     "routers and up projections. ",
     "signround": "Rounding was learned on calibration rows (calibration.json tells what every expert saw). ",

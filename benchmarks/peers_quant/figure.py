@@ -22,7 +22,7 @@ COLOURS = {
     "torchao": "#6c757d",
     "Meta": "#111111",
 }
-SHAPES = {"nearest": "o", "gptq": "s", "awq": "^", "hqq": "D", "sign gradients": "P", "nf4": "*"}
+SHAPES = {"nearest": "o", "gptq": "s", "gptq-gated": "X", "awq": "^", "hqq": "D", "sign gradients": "P", "nf4": "*"}
 DODGE = 0.005  # bits between packages that take the same
 
 
@@ -71,7 +71,7 @@ def method(name: str) -> str:
     words = name.split()
     if ("rtn" not in words and words[0] == "auto-round") or "signround" in words:
         return "sign gradients"
-    return next((kind for kind in ("gptq", "awq", "hqq", "nf4") if kind in words), "nearest")
+    return next((kind for kind in ("gptq-gated", "gptq", "awq", "hqq", "nf4") if kind in words), "nearest")
 
 
 def keys() -> list[Line2D]:

@@ -220,7 +220,7 @@ class Quantize(Section):
     """What the tensors go into; by default the scheme's usual one."""
     allocation: Path | None = None
     """In place of a scheme, a JSON file with one for each group of layers; `python -m sweeps bits` writes it."""
-    method: Literal["rtn", "hqq", "gptq", "awq", "signround"] = "rtn"
+    method: Literal["rtn", "hqq", "gptq", "gptq-gated", "awq", "signround"] = "rtn"
     """How codes are chosen: rtn rounds to nearest with searched scales; the others need a scheme of integers."""
     calibration: Calibrate = Calibrate()
     """What calibrated methods read."""

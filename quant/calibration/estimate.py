@@ -13,13 +13,16 @@ import torch
 
 from quant.architectures import EXPERT_BANK, bf16_bytes
 from quant.calibration.rows import BATCH_TOKENS
+from quant.calibration.samples import PAIR, most_tokens
 from quant.calibration.stages import input_key, stages
-from quant.calibration.walk import HESSIANS, WEIGHTS
+from quant.calibration.walk import WEIGHTS, input_bytes
 from quant.memory import fits
 from quant.methods.method import Method
+from quant.methods.refinement import BLOCK
 from quant.plans import Plan, header_bytes
 
 PROCESS_BYTES = 750 * 10**6  # Python with torch and transformers, and what they hold while they compute
+GATED_PRODUCTS = 20  # of sampled inputs and a layer's weights, beside those within blocks of columns
 SEARCH_NS = 40  # of one weight's scale, on one core
 
 
@@ -36,7 +39,7 @@ class Estimate:
 
 def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting: int, memory_bytes: int) -> Estimate:
     """Memory and time of quantising. counting: rows run through the whole model once to count tokens of experts."""
-    layer_bytes, hessian_bytes = _largest_layer(plan)
+    layer_bytes, hessian_bytes = _largest_layer(plan, method)
     model_bytes = bf16_bytes(plan.config)
     whole = fits(model_bytes)
     checked = model_bytes if whole else max(layer_bytes, *map(header_bytes, plan.kept.values()))
@@ -55,11 +58,13 @@ def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting:
     inputs: dict[str, int] = {}
     for layer in plan.layers:
         width, columns = layer.shape
-        expert = EXPERT_BANK.match(layer.name) is not None
+        met = tokens * (_expert_share(plan) if EXPERT_BANK.match(layer.name) else 1)
         if input_key(layer.name) not in inputs:
             inputs[input_key(layer.name)] = columns
-            solving += 2 * columns**2 * tokens * (_expert_share(plan) if expert else 1) * streams + 3 * columns**3
+            solving += 2 * columns**2 * met * streams + 3 * columns**3
         solving += 14 * width * columns**2
+        if method.samples_inputs and layer.name.endswith(PAIR):
+            solving += 2 * (BLOCK + GATED_PRODUCTS) * min(met, most_tokens(columns)) * width * columns
     seconds = search_s + (forward + solving) / _flops()
     return Estimate(PROCESS_BYTES + max(held, checked), seconds, gate_bytes, whole)
 
@@ -80,7 +85,7 @@ def _active_share(plan: Plan) -> float:
     return 1 - experts / plan.all_weights * (1 - _expert_share(plan))
 
 
-def _largest_layer(plan: Plan) -> tuple[int, int]:
+def _largest_layer(plan: Plan, method: Method) -> tuple[int, int]:
     """Bytes of the weights of the largest decoder layer in bf16, and of the largest stage's Hessians and weights."""
     depth = plan.config.get_text_config().num_hidden_layers
     weights: dict[str, int] = {}
@@ -90,7 +95,7 @@ def _largest_layer(plan: Plan) -> tuple[int, int]:
         weights[block] = weights.get(block, 0) + 2 * prod(layer.shape)
         stage = (block, int(layer.name.endswith("down_proj")))
         rows, columns = layer.shape
-        needed[stage] = needed.get(stage, 0) + 4 * (HESSIANS * columns**2 + WEIGHTS * rows * columns)
+        needed[stage] = needed.get(stage, 0) + input_bytes(columns, method) + 4 * WEIGHTS * rows * columns
     rest = 2 * sum(prod(shape) for name, (_, shape) in plan.kept.items() if _block(name)) // depth
     return max(weights.values()) + rest, max(needed.values())
 

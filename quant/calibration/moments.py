@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quant.architectures import EXPERT_BANK
 from quant.calibration.decoder import Decoder
+from quant.calibration.samples import Kept, most_tokens
 from quant.calibration.stages import input_key
 
 Watch = Callable[[str, Tensor], None]
@@ -41,10 +42,14 @@ class Moments:
     tokens: dict[str, int] = field(default_factory=dict)
     banks: dict[str, Tensor] = field(default_factory=dict)
     bank_tokens: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    """Inputs of gate and up projections, where the method samples them."""
 
-    def add(self, key: str, found: Input, exact: Input | None, *, summed: bool) -> None:
+    def add(self, key: str, found: Input, exact: Input | None, *, summed: bool, sampled: bool) -> None:
         """Take in the input of one batch, and that of the unquantised model."""
         input_nK = found.value_nK.float()
+        if sampled:
+            self.kept.setdefault(key, Kept(most_tokens(input_nK.shape[1]))).add(found.value_nK)
         self.tokens[key] = self.tokens.get(key, 0) + len(input_nK)
         bank = None if key.endswith(".down_proj") else bank_of(key)
         if summed or bank is not None:
@@ -122,11 +127,12 @@ def measure(
     *,
     summed: Iterable[str] | None = None,
     reference: Reference | None = None,
+    sampled: bool = False,
 ) -> Moments:
     """Run rows through a decoder layer and take the moments of the inputs of the named layers.
 
     summed: the keys whose sums are kept (all); the sums of banks and the counts are always of all. With a reference,
-    also how far inputs are from those of the unquantised model.
+    also how far inputs are from those of the unquantised model. sampled: keep some inputs of gate and up projections.
     """
     moments = Moments()
     names = list(names)
@@ -139,7 +145,8 @@ def measure(
             with reference.unquantised():
                 exact = _inputs(decoder, index, layer, exact_BTH, names, prefix)
         for key, found in seen.items():
-            moments.add(key, found, exact.get(key), summed=key in kept)
+            sample = sampled and key in kept and key.endswith("gate_proj")
+            moments.add(key, found, exact.get(key), summed=key in kept, sampled=sample)
     return moments
 
 

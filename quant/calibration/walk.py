@@ -21,11 +21,12 @@ from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
 from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
+from quant.calibration.samples import PAIR, activation_of, most_tokens, sample_of
 from quant.calibration.stages import input_key, stages
 from quant.memory import give_back
 from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
-from quant.methods.method import Method, layer_of
+from quant.methods.method import Method, Sample, layer_of
 from quant.methods.names import GRID_SCHEMES
 from quant.methods.rtn import Rtn
 from quant.methods.targets import corrected
@@ -127,7 +128,10 @@ class Block:
         walk, index = self._walk, self._index
         reference = None if walk._exact is None else Reference(walk._exact.read(index), self.unquantised)
         batches = walk._activations.read(index)
-        return measure(walk.decoder, index, self._module, batches, names, summed=keys, reference=reference)
+        sampled = walk._method.samples_inputs
+        return measure(
+            walk.decoder, index, self._module, batches, names, summed=keys, reference=reference, sampled=sampled
+        )
 
     def _more(self, before: Moments, names: Sequence[str], keys: Sequence[str]) -> Moments:
         """The sums of further keys, with the banks' sums, which the first pass took of all of them."""
@@ -141,7 +145,8 @@ class Block:
         for name in names:
             rows, columns = self._layers[name].shape
             key = input_key(name)
-            bytes_of[key] = bytes_of.get(key, 4 * HESSIANS * columns * columns) + 4 * WEIGHTS * rows * columns
+            once = input_bytes(columns, self._walk._method)
+            bytes_of[key] = bytes_of.get(key, once) + 4 * WEIGHTS * rows * columns
         chunks: list[list[str]] = [[]]
         filled = 0
         for key, needed in bytes_of.items():
@@ -171,7 +176,7 @@ class Block:
             if self._walk._method.corrects:
                 shift_EKK = torch.stack([moments.shift(input_key(name), columns) for name in stack])
                 weight_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
-            self._settle(stack, weight_ENK, self._walk._method, hessian_EKK)
+            self._settle(stack, weight_ENK, self._walk._method, hessian_EKK, self._samples(stack, moments))
         for stack in stacks([name for name in names if not moments.tokens.get(input_key(name))], self._layers):
             self._settle(stack, torch.stack([self._weight(name) for name in stack]), Rtn(), None)
         for name in names:
@@ -180,11 +185,35 @@ class Block:
             kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
             self.inputs[key] = {"tokens": tokens, "treatment": kind}
 
-    def _settle(self, stack: Sequence[str], weight_ENK: Tensor, method: Method, hessian_EKK: Tensor | None) -> None:
+    def _samples(self, stack: Sequence[str], moments: Moments) -> Iterator[Sample] | None:
+        """What `Method.refine` asks for of a stack, one after another; None where there is nothing to ask."""
+        if any(input_key(name) not in moments.kept for name in stack):
+            return None
+        return (self._sample(name, moments.kept[input_key(name)].inputs()) for name in stack)
+
+    def _sample(self, name: str, input_nK: Tensor) -> Sample:
+        parent, _, leaf = name.rpartition(".")
+        both = {one: f"{parent}.{one}" for one in PAIR}
+        parts = {one: self._part(each) for one, each in both.items()}
+        weights = {one: self._originals.get(each, parts[one].weight.data) for one, each in both.items()}
+        return sample_of(parts, weights, leaf, input_nK, activation_of(self._walk._plan.config))
+
+    def _settle(
+        self,
+        stack: Sequence[str],
+        weight_ENK: Tensor,
+        method: Method,
+        hessian_EKK: Tensor | None,
+        samples: Iterable[Sample] | None = None,
+    ) -> None:
         """Choose the codes of a stack, keep them as they are stored, and put their values into the module."""
         scheme = self._layers[stack[0]].scheme
         if scheme.name in GRID_SCHEMES:
             codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
+            if samples is not None:
+                codes_ENK, parameters = method.refine(
+                    weight_ENK, codes_ENK, parameters, scheme.grid, hessian_EKK, samples
+                )
             made = [scheme.store(codes_NK, layer_of(parameters, at)) for at, codes_NK in enumerate(codes_ENK)]
         else:  # one of several schemes, and no method's but to round to nearest
             made = [scheme.compress(self._part(name).weight.data) for name in stack]
@@ -242,6 +271,12 @@ class Block:
 # Matrices of [K, K] and of [N, K] in fp32 that are held for each layer being worked on, generously: sums, means, damped
 # and factored Hessians; weights, targets, codes and errors in two orders.
 HESSIANS, WEIGHTS = 8, 10
+
+
+def input_bytes(columns: int, method: Method) -> int:
+    """What is held for one input: its matrices, and in bf16 the tokens a method samples."""
+    sampled = 2 * most_tokens(columns) * columns if method.samples_inputs else 0
+    return 4 * HESSIANS * columns * columns + sampled
 
 
 def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quant.formats.grid import Grid, Parameters
 from quant.methods.method import Method, importance, output_error, per_column
-from quant.methods.refinement import descend, refit_scales
+from quant.methods.objectives import Plain
+from quant.methods.refinement import refine
 
 BLOCK = 32
 
@@ -32,10 +33,7 @@ class Gptq(Method):
         weight_ENK, hessian_EKK = weight_ENK.float(), damped(hessian_EKK, self.damping)
         parameters = grid.search(weight_ENK, importance(hessian_EKK))
         codes_ENK = self.sweep(weight_ENK, grid, parameters, hessian_EKK)
-        for _ in range(self.rounds):
-            parameters = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
-            codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
-        return codes_ENK, parameters
+        return refine(weight_ENK, codes_ENK, parameters, Plain(hessian_EKK), grid, rounds=self.rounds)
 
     def sweep(self, weight_ENK: Tensor, grid: Grid, parameters: Parameters, hessian_EKK: Tensor) -> Tensor:
         """Codes for given parameters, by one sweep over the columns with an already damped Hessian.

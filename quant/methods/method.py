@@ -7,11 +7,21 @@ layer met in calibration, fp32; None for methods without calibration.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant.formats.grid import Grid, Parameters
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some inputs [n, K] a gate or up projection met, and by how much an error of each of its channels is multiplied in
+    each of them [n, N]."""
+
+    input_nK: Tensor
+    slope_nN: Tensor
 
 
 class Method(ABC):
@@ -23,6 +33,9 @@ class Method(ABC):
 
     corrects = False
     """Aims at what the unquantised model puts out, not at what its own weights make of inexact inputs (`targets`)."""
+
+    samples_inputs = False
+    """Then `refine` is asked once more for gate and up projections, with inputs they met (`quant.methods.gated`)."""
 
     @abstractmethod
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:

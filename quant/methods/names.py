@@ -22,6 +22,7 @@ METHODS: dict[str, Kind] = {
     "rtn": Kind("round to nearest with searched scales", calibrated=False),
     "hqq": Kind("half-quadratic fit of scales and zeros, no data", calibrated=False),
     "gptq": Kind("each column's error is made good by the columns after it"),
+    "gptq-gated": Kind("gptq, then gate and up by what their errors do behind the activation"),
     "awq": Kind("channels scaled by how large their inputs are"),
     "signround": Kind("rounding learned by the sign of its gradient"),
 }

@@ -23,7 +23,7 @@ from quant.schemes import Scheme
 from quant.sources import open_source
 from tests.quant.tiny_models import build_llama
 
-CALIBRATED = ("gptq", "awq", "signround")
+CALIBRATED = ("gptq", "gptq-gated", "awq", "signround")
 
 
 @pytest.fixture(scope="module")

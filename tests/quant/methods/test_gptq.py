@@ -11,6 +11,7 @@ from torch import Tensor
 from quant.formats.grid import Grid, Parameters
 from quant.methods.gptq import Gptq, damped, inverse_factor
 from quant.methods.method import importance, output_error
+from quant.methods.objectives import Plain
 from quant.methods.refinement import descend, refit_scales
 
 GRIDS = (Grid(4, True, 32), Grid(4, False, 32), Grid(4, True, None), Grid(8, True, 64))
@@ -120,9 +121,9 @@ def test_refinement_never_raises_the_error_of_a_row():
         parameters = grid.search(weight_ENK)
         codes_ENK = grid.encode(weight_ENK, parameters)
         before_EN = error(weight_ENK, codes_ENK, grid, parameters, hessian_EKK)
-        parameters = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
+        parameters = refit_scales(weight_ENK, codes_ENK, parameters, Plain(hessian_EKK), grid)
         between_EN = error(weight_ENK, codes_ENK, grid, parameters, hessian_EKK)
-        codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
+        codes_ENK = descend(weight_ENK, codes_ENK, parameters, Plain(hessian_EKK), grid)
         after_EN = error(weight_ENK, codes_ENK, grid, parameters, hessian_EKK)
         assert torch.all(between_EN <= before_EN * (1 + 1e-5))
         assert torch.all(after_EN <= between_EN * (1 + 1e-5))
@@ -134,7 +135,7 @@ def test_fitted_scales_are_the_least_squares_solution():
     grid = Grid(8, True, 32)
     parameters = grid.search(weight_ENK)
     codes_ENK = grid.encode(weight_ENK * 1.01, parameters)  # scales one percent off
-    found = refit_scales(weight_ENK, codes_ENK, parameters, hessian_EKK, grid).scale_NG[0].double()
+    found = refit_scales(weight_ENK, codes_ENK, parameters, Plain(hessian_EKK), grid).scale_NG[0].double()
     root_KK = torch.linalg.cholesky(hessian_EKK[0].double())
     for n in range(6):
         design = torch.stack(
@@ -158,7 +159,7 @@ def test_small_rows_come_close_to_the_best_of_all_codes(columns: int):
         for n in range(40)
     ])  # fmt: skip
     codes_ENK = Gptq().sweep(weight_ENK, grid, parameters, hessian_EKK)
-    codes_ENK = descend(weight_ENK, codes_ENK, parameters, hessian_EKK, grid)
+    codes_ENK = descend(weight_ENK, codes_ENK, parameters, Plain(hessian_EKK), grid)
     found_N = error(weight_ENK, codes_ENK, grid, parameters, hessian_EKK)[0]
     assert torch.all(found_N >= least_N * (1 - 1e-6))
     assert found_N.sum() <= (1 + 1e-6 if columns == 1 else 1.1) * least_N.sum()

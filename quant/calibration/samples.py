@@ -1,0 +1,85 @@
+"""Inputs that gate and up projections met, evenly spaced over the calibration rows, and what their errors do there.
+
+    kept = Kept(most=4 * columns);  kept.add(input_nK);  kept.inputs()        # at most that many tokens, at least half
+    sample_of(parts, weights, "gate_proj", input_nK, F.silu)                  # quant.methods.method.Sample
+
+n tokens, K input channels, N output channels.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from herd.run.errors import ConfigError
+from quant.methods.method import Sample
+
+PAIR = ("gate_proj", "up_proj")
+
+
+LEAST, FEW = 8192, 4
+"""Tokens kept of an input are at most LEAST, or FEW times its channels where those are more: slopes let few of them count."""
+
+
+def most_tokens(columns: int) -> int:
+    """Tokens of an input that are kept, at most."""
+    return max(LEAST, FEW * columns)
+
+
+class Kept:
+    """Every so many-th token of a stream, twice as rare whenever there would be too many: no chance is involved."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._stride = 1
+        self._met = 0
+        self._parts: list[Tensor] = []
+
+    def add(self, input_nK: Tensor) -> None:
+        """Take in what comes next of the stream."""
+        first = -self._met % self._stride
+        self._met += len(input_nK)
+        self._parts.append(input_nK[first :: self._stride].clone())
+        while sum(map(len, self._parts)) > self._most:
+            self._parts = [self.inputs()[::2].clone()]
+            self._stride *= 2
+
+    def inputs(self) -> Tensor:
+        """The tokens kept [n, K]."""
+        return torch.cat(self._parts)
+
+
+def activation_of(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+    """What a decoder puts its gates through; ConfigError where its configuration does not say."""
+    text = config.get_text_config()
+    name = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    if name not in ACT2FN:
+        raise ConfigError(
+            f"hidden_act = {name!r} of a {text.model_type}: gptq-gated must know what follows the gates; use gptq"
+        )
+    return ACT2FN[name]
+
+
+def sample_of(
+    parts: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
+    leaf: str,
+    input_nK: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Sample:
+    """The slopes of act(gate) up by gate or by up (`leaf`); parts and the weights they had before rounding: by leaf."""
+    input_nK = input_nK.float()
+    gate_nN, up_nN = (F.linear(input_nK, weights[one].float(), _bias(parts[one])) for one in PAIR)
+    if leaf == "up_proj":
+        return Sample(input_nK, activation(gate_nN))
+    with torch.enable_grad():
+        gate_nN.requires_grad_()
+        (slope_nN,) = torch.autograd.grad(activation(gate_nN).sum(), gate_nN)
+    return Sample(input_nK, slope_nN * up_nN)
+
+
+def _bias(part: nn.Linear) -> Tensor | None:
+    return None if part.bias is None else part.bias.data.float()
