@@ -45,7 +45,7 @@ class Moments:
     kept: dict[str, Kept] = field(default_factory=dict)
     """Inputs of gate and up projections, where the method samples them."""
 
-    def add(self, key: str, found: Input, exact: Input | None, *, summed: bool, sampled: bool) -> None:
+    def add(self, key: str, found: Input, exact: Input | None, *, summed: bool, sampled: bool = False) -> None:
         """Take in the input of one batch, and that of the unquantised model."""
         input_nK = found.value_nK.float()
         if sampled:

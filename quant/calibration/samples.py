@@ -1,15 +1,16 @@
 """Inputs that gate and up projections met, evenly spaced over the calibration rows, and what their errors do there.
 
     kept = Kept(most=4 * columns);  kept.add(input_nK);  kept.inputs()        # at most that many tokens, at least half
-    sample_of(parts, weights, "gate_proj", input_nK, F.silu)                  # quant.methods.method.Sample
+    sample_of(parts, "gate_proj", input_nK, F.silu)                           # quant.methods.method.Sample
 
 n tokens, K input channels, N output channels.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -18,15 +19,25 @@ from herd.run.errors import ConfigError
 from quant.methods.method import Sample
 
 PAIR = ("gate_proj", "up_proj")
-
-
-LEAST, FEW = 8192, 4
-"""Tokens kept of an input are at most LEAST, or FEW times its channels where those are more: slopes let few of them count."""
+Activation = Callable[[Tensor], Tensor]
 
 
 def most_tokens(columns: int) -> int:
-    """Tokens of an input that are kept, at most."""
-    return max(LEAST, FEW * columns)
+    """Tokens of an input that are kept, at most. Many, for the slopes let few of them count."""
+    return max(8192, 4 * columns)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection as it was before it was rounded."""
+
+    weight_NK: Tensor
+    bias_N: Tensor | None
+
+    def outputs(self, input_nK: Tensor, rows: slice) -> Tensor:
+        """Those of some channels [n, N], fp32."""
+        bias_N = None if self.bias_N is None else self.bias_N[rows].float()
+        return F.linear(input_nK.float(), self.weight_NK[rows].float(), bias_N)
 
 
 class Kept:
@@ -52,7 +63,7 @@ class Kept:
         return torch.cat(self._parts)
 
 
-def activation_of(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+def activation_of(config: PretrainedConfig) -> Activation:
     """What a decoder puts its gates through; ConfigError where its configuration does not say."""
     text = config.get_text_config()
     name = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
@@ -63,23 +74,16 @@ def activation_of(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     return ACT2FN[name]
 
 
-def sample_of(
-    parts: Mapping[str, nn.Linear],
-    weights: Mapping[str, Tensor],
-    leaf: str,
-    input_nK: Tensor,
-    activation: Callable[[Tensor], Tensor],
-) -> Sample:
-    """The slopes of act(gate) up by gate or by up (`leaf`); parts and the weights they had before rounding: by leaf."""
-    input_nK = input_nK.float()
-    gate_nN, up_nN = (F.linear(input_nK, weights[one].float(), _bias(parts[one])) for one in PAIR)
-    if leaf == "up_proj":
-        return Sample(input_nK, activation(gate_nN))
-    with torch.enable_grad():
-        gate_nN.requires_grad_()
-        (slope_nN,) = torch.autograd.grad(activation(gate_nN).sum(), gate_nN)
-    return Sample(input_nK, slope_nN * up_nN)
+def sample_of(parts: Mapping[str, Linear], leaf: str, input_nK: Tensor, activation: Activation) -> Sample:
+    """The inputs, with the slopes of act(gate) up by gate or by up (`leaf`)."""
 
+    def slopes(rows: slice) -> Tensor:
+        gate_nN, up_nN = (parts[one].outputs(input_nK, rows) for one in PAIR)
+        if leaf == "up_proj":
+            return activation(gate_nN)
+        with torch.enable_grad():
+            gate_nN.requires_grad_()
+            (slope_nN,) = torch.autograd.grad(activation(gate_nN).sum(), gate_nN)
+        return slope_nN * up_nN
 
-def _bias(part: nn.Linear) -> Tensor | None:
-    return None if part.bias is None else part.bias.data.float()
+    return Sample(input_nK, slopes)

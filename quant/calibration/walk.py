@@ -21,7 +21,7 @@ from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
 from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
-from quant.calibration.samples import PAIR, activation_of, most_tokens, sample_of
+from quant.calibration.samples import PAIR, Linear, activation_of, most_tokens, sample_of
 from quant.calibration.stages import input_key, stages
 from quant.memory import give_back
 from quant.methods.awq import fold_hessian
@@ -193,10 +193,12 @@ class Block:
 
     def _sample(self, name: str, input_nK: Tensor) -> Sample:
         parent, _, leaf = name.rpartition(".")
-        both = {one: f"{parent}.{one}" for one in PAIR}
-        parts = {one: self._part(each) for one, each in both.items()}
-        weights = {one: self._originals.get(each, parts[one].weight.data) for one, each in both.items()}
-        return sample_of(parts, weights, leaf, input_nK, activation_of(self._walk._plan.config))
+        parts = {}
+        for one in PAIR:
+            part = self._part(f"{parent}.{one}")
+            weight_NK = self._originals.get(f"{parent}.{one}", part.weight.data)
+            parts[one] = Linear(weight_NK, None if part.bias is None else part.bias.data)
+        return sample_of(parts, leaf, input_nK, activation_of(self._walk._plan.config))
 
     def _settle(
         self,

@@ -18,7 +18,8 @@ from quant.methods.method import Sample
 from quant.methods.objectives import Gated
 from quant.methods.refinement import BLOCK, refine, take
 
-CHUNK_BYTES = 1 << 27  # of Hessians within blocks of columns, for the rows refined at one time
+CHUNK_BYTES = 1 << 27  # held for the rows refined at one time: Hessians within blocks of columns, and numbers of tokens
+PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class GatedGptq(Gptq):
         """Codes that `round` chose made better; samples: one a layer, made as they are asked for."""
         weight_ENK, codes_ENK, scale_ENG = weight_ENK.float(), codes_ENK.clone(), parameters.scale_NG.clone()
         for e, sample in enumerate(samples):
-            objective = Gated(sample.input_nK.float(), sample.slope_nN.square(), hessian_EKK[e])
-            step = max(1, CHUNK_BYTES // (4 * BLOCK * weight_ENK.shape[2]))
+            input_nK = sample.input_nK.float()
+            step = max(1, CHUNK_BYTES // (4 * (BLOCK * input_nK.shape[1] + PER_TOKEN * len(input_nK))))
             for start in range(0, weight_ENK.shape[1], step):
                 rows = slice(start, start + step)
                 at = (slice(e, e + 1), rows)
+                objective = Gated(input_nK, sample.slopes(rows).square(), hessian_EKK[e])
                 codes_ENK[at], found = refine(
-                    weight_ENK[at], codes_ENK[at], take(parameters, *at), objective.rows(rows), grid, rounds=self.rounds
+                    weight_ENK[at], codes_ENK[at], take(parameters, *at), objective, grid, rounds=self.rounds
                 )
                 scale_ENG[at] = found.scale_NG
         return codes_ENK, Parameters(scale_ENG, parameters.zero_NG)

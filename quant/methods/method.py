@@ -7,6 +7,7 @@ layer met in calibration, fp32; None for methods without calibration.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,11 @@ from quant.formats.grid import Grid, Parameters
 
 @dataclass(frozen=True)
 class Sample:
-    """Some inputs [n, K] a gate or up projection met, and by how much an error of each of its channels is multiplied in
-    each of them [n, N]."""
+    """Some inputs [n, K] that a gate or up projection met in calibration."""
 
     input_nK: Tensor
-    slope_nN: Tensor
+    slopes: Callable[[slice], Tensor]
+    """By how much an error of these output channels is multiplied in each of them [n, N]."""
 
 
 class Method(ABC):

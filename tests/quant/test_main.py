@@ -189,7 +189,7 @@ def test_a_calibrated_export_says_beforehand_what_it_takes_and_afterwards_what_i
 @pytest.mark.parametrize(
     "more, line",
     [
-        (["--method", "rtn"], "--calibration: method rtn reads no calibration rows; use --method gptq or awq"),
+        (["--method", "rtn"], "--calibration: method rtn reads no calibration rows; use --method gptq or gptq-gated"),
         (["--calibration-rows", "0"], "--calibration-rows 0: give more than zero"),
         (["--row-tokens", "100000"], "one row needs 100001"),
         (["--calibration", "nowhere.jsonl"], "nowhere.jsonl"),

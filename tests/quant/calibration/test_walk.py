@@ -59,11 +59,21 @@ def test_from_memory_and_from_a_folder_the_tensors_are_the_same(models, folders,
         assert torch.equal(here.tensors[name], tensor), name
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptq-gated"])
 @pytest.mark.parametrize("name", ["scout", "llama"])
-def test_on_calibration_rows_gptq_is_closer_than_round_to_nearest(folders, rows, name: str):
+def test_on_calibration_rows_gptq_is_closer_than_round_to_nearest(folders, rows, name: str, method: str):
     nearest = quant.quantize(folders[name], scheme="int4", group_size=32)
-    calibrated = quantise(folders[name], "gptq", rows)
+    calibrated = quantise(folders[name], method, rows)
     assert output_error(calibrated, folders[name], rows) < 0.9 * output_error(nearest, folders[name], rows)
+
+
+def test_gated_refinement_changes_gate_and_up_alone_of_the_first_layer(folders, rows):
+    plain, gated = (quantise(folders["scout"], method, rows).tensors for method in ("gptq", "gptq-gated"))
+    first = [name for name in plain if name.startswith("model.layers.0.") and name.endswith("weight_packed")]
+    changed = {name.split(".")[-2] for name in first if not torch.equal(plain[name], gated[name])}
+    assert {"gate_proj", "up_proj"} <= changed
+    names = [name for name in first if name.endswith((".gate_proj.weight_packed", ".up_proj.weight_packed"))]
+    assert all(not torch.equal(plain[name], gated[name]) for name in names)
 
 
 class Forced(Awq):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from herd.run.errors import ConfigError
-from quant.calibration.samples import Kept, activation_of, sample_of
+from quant.calibration.samples import Kept, Linear, activation_of, sample_of
 from quant.formats.grid import Grid
 from quant.methods.gated import GatedGptq
 from quant.methods.gptq import Gptq
@@ -23,21 +23,20 @@ GRIDS = (Grid(4, True, 16), Grid(4, False, 32), Grid(8, True, None))
 class Mlp:
     """gate and up of one expert, and inputs with few large directions."""
 
-    def __init__(self, seed: int, tokens: int = 300):
+    def __init__(self, seed: int, tokens: int = 300, *, biased: bool = False):
         generator = torch.Generator().manual_seed(seed)
         mixing_KK = torch.randn(K, K, generator=generator) / K**0.5 + torch.eye(K)
         self.input_nK = torch.randn(tokens, K, generator=generator) @ mixing_KK
-        self.parts = {leaf: nn.Linear(K, N, bias=False) for leaf in ("gate_proj", "up_proj")}
-        for part in self.parts.values():
-            part.weight.data = 0.3 * torch.randn(N, K, generator=generator)
-        self.weights = {leaf: part.weight.data for leaf, part in self.parts.items()}
+        self.weights = {leaf: 0.3 * torch.randn(N, K, generator=generator) for leaf in ("gate_proj", "up_proj")}
+        self.bias = {leaf: torch.randn(N, generator=generator) if biased else None for leaf in self.weights}
         self.hessian_KK = self.input_nK.T @ self.input_nK / tokens
 
     def sample(self, leaf: str):
-        return sample_of(self.parts, self.weights, leaf, self.input_nK, F.silu)
+        parts = {one: Linear(self.weights[one], self.bias[one]) for one in self.weights}
+        return sample_of(parts, leaf, self.input_nK, F.silu)
 
     def objective(self, leaf: str = "gate_proj") -> Gated:
-        return Gated(self.input_nK, self.sample(leaf).slope_nN.square(), self.hessian_KK)
+        return Gated(self.input_nK, self.sample(leaf).slopes(slice(None)).square(), self.hessian_KK)
 
     def hidden(self, weights: dict[str, Tensor], input_nK: Tensor) -> Tensor:
         return F.silu(input_nK @ weights["gate_proj"].T) * (input_nK @ weights["up_proj"].T)
@@ -45,7 +44,7 @@ class Mlp:
 
 def hessians(mlp: Mlp, leaf: str = "gate_proj") -> Tensor:
     """Those of every row as the class describes them, float64 [N, K, K]."""
-    weight_nN = mlp.sample(leaf).slope_nN.double().square()
+    weight_nN = mlp.sample(leaf).slopes(slice(None)).double().square()
     input_nK, tokens = mlp.input_nK.double(), len(mlp.input_nK)
     share = max(PLAIN_SHARE, K / (tokens + K))
     weighted_NKK = torch.einsum("nk,nl,nr->rkl", input_nK, input_nK, weight_nN / weight_nN.mean(0)) / tokens
@@ -106,11 +105,9 @@ def test_refining_rows_with_their_hessians_never_formed_is_refining_each_with_it
 
 @pytest.mark.parametrize("leaf", ["gate_proj", "up_proj"])
 def test_a_slope_is_what_a_small_error_is_multiplied_by(leaf: str):
-    mlp = Mlp(3)
-    for part in mlp.parts.values():
-        part.bias = nn.Parameter(torch.randn(N, generator=torch.Generator().manual_seed(9)))
-    slope_nN = mlp.sample(leaf).slope_nN
-    outputs = {one: F.linear(mlp.input_nK, mlp.weights[one], mlp.parts[one].bias.data).double() for one in mlp.parts}
+    mlp = Mlp(3, biased=True)
+    slope_nN = mlp.sample(leaf).slopes(slice(4, 9))
+    outputs = {one: F.linear(mlp.input_nK, mlp.weights[one], mlp.bias[one])[:, 4:9].double() for one in mlp.weights}
 
     def hidden(step: float) -> Tensor:
         moved = outputs | {leaf: outputs[leaf] + step}
@@ -148,7 +145,7 @@ def test_rows_refined_in_parts_are_rows_refined_at_once(monkeypatch):
     codes_ENK, parameters = Gptq().round(weight_ENK, grid, hessian_EKK)
     arguments = (weight_ENK, codes_ENK, parameters, grid, hessian_EKK)
     whole, _ = GatedGptq().refine(*arguments, [mlp.sample("up_proj")])
-    monkeypatch.setattr("quant.methods.gated.CHUNK_BYTES", 5 * 4 * 32 * K)
+    monkeypatch.setattr("quant.methods.gated.CHUNK_BYTES", 5 * 4 * (32 * K + 8 * len(mlp.input_nK)))
     parts, _ = GatedGptq().refine(*arguments, [mlp.sample("up_proj")])
     assert (whole == parts).float().mean() > 0.99  # products of another size may round another way
 
