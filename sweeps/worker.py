@@ -145,7 +145,7 @@ class Worker:
         """Run one training to its end; returns its folder. Raises Pruned, Failed or Cut, with nothing left running."""
         run = TrialRun.of(self.study, name=name, overrides=overrides, seed=seed)
         if run.is_done():
-            list(self.report(trial, self.stream(run, overrides), set()))
+            list(self.report(trial, self.stream(run, self.settings(overrides)), set()))
             return run.folder
         run.start(self.slot, self.tags(trial))
         try:
@@ -163,12 +163,15 @@ class Worker:
 
     def watch(self, trial: optuna.Trial, run: TrialRun, overrides: list[str], started: float) -> None:
         """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
-        stream, seen = self.stream(run, overrides), set()
+        base = self.settings(overrides)
+        stream, seen = self.stream(run, base), set()
+        pruned = self.study.pruner.kind in PRUNERS_ON_STEPS
         beaten, limit = time.monotonic(), self.study.budget.trial_minutes
         while True:
             over = run.code() is not None
             for step in self.report(trial, stream, seen):
-                if not over and self.study.pruner.kind in PRUNERS_ON_STEPS and self.on_storage(trial.should_prune):
+                # At its last step there is nothing left to save, and what it ends with is worth knowing.
+                if pruned and not over and step < base.run.steps and self.on_storage(trial.should_prune):
                     raise Pruned(f"step {step}")
             if over:
                 return
@@ -181,10 +184,13 @@ class Worker:
                 raise Cut
             time.sleep(GLANCE_S)
 
-    def stream(self, run: TrialRun, overrides: list[str]) -> metrics.MetricsStream:
+    def settings(self, overrides: list[str]) -> Config:
+        """What a trial with these overrides runs."""
+        return config.load(self.study.base_copy, [*self.study.set, *overrides])
+
+    def stream(self, run: TrialRun, base: Config) -> metrics.MetricsStream:
         """What the run writes, from its students' first step."""
-        head_start = config.load(self.study.base_copy, [*self.study.set, *overrides]).teacher.head_start
-        return metrics.MetricsStream(run.folder / "metrics.jsonl", head_start)
+        return metrics.MetricsStream(run.folder / "metrics.jsonl", base.teacher.head_start)
 
     def report(self, trial: optuna.Trial, stream: metrics.MetricsStream, seen: set[int]) -> Iterator[int]:
         """Tell the storage of new values, one run and one objective only; the steps it was told of."""

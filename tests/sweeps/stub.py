@@ -2,8 +2,8 @@
 
 Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step;
 STUB_FAIL=CODE ends with that code and STUB_NAN with a loss that is none, with STUB_SEED for that seed alone;
-STUB_METRIC is what the loss is called. Every start is a line in `starts` beside the run folders. Goes on from what
-metrics.jsonl holds.
+STUB_METRIC is what the loss is called. STUB_LINGER seconds pass between the last step and the end. Every start is a
+line in `starts` beside the run folders. Goes on from what metrics.jsonl holds.
 """
 
 import json
@@ -41,6 +41,7 @@ def main() -> int:
             record = {"step": step, os.environ.get("STUB_METRIC", "heldout/scout"): loss, "pid": os.getpid()}
             file.write(json.dumps(record) + "\n")
             file.flush()
+    time.sleep(float(os.environ.get("STUB_LINGER", "0")))
     Path(folder / "done").touch()
     return 0
 

@@ -83,6 +83,15 @@ def test_halving_ends_trials_at_its_rungs_counted_from_where_the_students_start(
     assert result.best.state == "complete" and max(steps_of(study, result.best)) == 6
 
 
+def test_a_trial_that_has_made_its_last_step_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_LINGER", "1")  # to write its models
+    study = studies.make(
+        tmp_path, set=["run.steps=1", "run.evaluate_every=1", "tracking.enabled=false"], budget={"trials": 4},
+        pruner={"kind": "halving", "factor": 2}, sampler={"kind": "random", "seed": 2},
+    )  # fmt: skip
+    assert [trial.state for trial in sweeps.run(study).trials] == ["complete"] * 4
+
+
 def steps_of(study, trial):
     found, _ = counted(study)
     return next(t.intermediate_values for t in found.trials if t.number == trial.number)
