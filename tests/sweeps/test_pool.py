@@ -86,8 +86,8 @@ def test_halving_ends_trials_at_its_rungs_counted_from_where_the_students_start(
 def test_a_trial_that_has_made_its_last_step_is_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_LINGER", "1")  # to write its models
     study = studies.make(
-        tmp_path, set=["run.steps=1", "run.evaluate_every=1", "tracking.enabled=false"], budget={"trials": 4},
-        pruner={"kind": "halving", "factor": 2}, sampler={"kind": "random", "seed": 2},
+        tmp_path, set=["run.steps=1", "run.evaluate_every=1", "teacher.head_start=0", "tracking.enabled=false"],
+        budget={"trials": 4}, pruner={"kind": "halving", "factor": 2}, sampler={"kind": "random", "seed": 2},
     )  # fmt: skip
     assert [trial.state for trial in sweeps.run(study).trials] == ["complete"] * 4
 
