@@ -89,7 +89,9 @@ class Ledger:
             kept = {key: frozen.user_attrs[key] for key in ("defaults", "run") if key in frozen.user_attrs}
             kept |= {"retry_of": number, "deaths": deaths}
             kept.setdefault("run", number)
-            self.study.enqueue_trial(frozen.params, user_attrs=kept)
+            # A trial that waited and was killed before it took up its settings has them here alone.
+            settings = frozen.system_attrs.get("fixed_params", {}) | frozen.params
+            self.study.enqueue_trial(settings, user_attrs=kept)
         try:
             optuna.Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
             self.study.tell(number, state=TrialState.FAIL)

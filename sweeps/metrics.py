@@ -37,6 +37,8 @@ class MetricsStream:
                 if not line.endswith(b"\n"):
                     break
                 self._offset, self._last = self._offset + len(line), line
+                if not line.strip():
+                    continue
                 record = _record(self._path, line)
                 step = int(record["step"]) - self._head_start
                 if _is_number(record.get(metric)) and step > 0:
@@ -51,7 +53,8 @@ def final(folder: Path, metric: str) -> float:
         path = folder / "metrics.jsonl"
         if not path.exists():
             raise ConfigError(f"objectives: a run ended without {path}; its program must write {metric} there")
-        known = {key: value for line in path.read_bytes().splitlines() for key, value in _record(path, line).items()}
+        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        known = {key: value for line in lines for key, value in _record(path, line).items()}
     value = known.get(metric)
     if _is_number(value):
         return float(value)

@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from herd.run.errors import EnvironmentFault, Interrupted
+from herd.run.errors import ConfigError, EnvironmentFault, Interrupted
 from herd.run.files import write_atomic
 from herd.run.folders import make_folder
 from herd.run.schema import Config
@@ -30,6 +30,8 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
     command: what a person types to go on, for the message of an interruption. Raises ConfigError, EnvironmentFault,
     TrialsFail (the base itself cannot be run), or Interrupted; every trial that was cut off goes on next time.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers = {workers}: must be 1 or more")
     if workers is not None:
         study = study.model_copy(update={"launch": study.launch.model_copy(update={"workers": workers})})
     base = checks.check(study)
@@ -102,7 +104,7 @@ class Crew:
             answer = _received(answers)
             if answer == "nothing" and process.exitcode == 1:
                 raise RuntimeError(f"{process.name} failed; its traceback is above")
-            if answer == "nothing":
+            if answer in ("nothing", worker.SENT_AWAY):
                 self.deaths += 1
                 if self.deaths > MOST_DEATHS:
                     raise EnvironmentFault(f"{self.deaths} workers died ({process.exitcode}); see the kernel's log")

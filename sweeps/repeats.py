@@ -35,11 +35,10 @@ def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop,
     if best is None:
         return
     arms = {"best": list(best.overrides)} | ({} if best.defaults else {"defaults": []})
+    names = {"best": f"best-{best.number:04d}", "defaults": "defaults"}  # these serve the next best too
     seeds = [study.seed + FIRST_SEED + index for index in range(study.repeats.seeds)]
     runs = {
-        (arm, seed): TrialRun.of(
-            study, name=f"repeat-{arm}-{best.number:04d}-seed-{seed}", overrides=arms[arm], seed=seed
-        )
+        (arm, seed): TrialRun.of(study, name=f"repeat-{names[arm]}-seed-{seed}", overrides=arms[arm], seed=seed)
         for seed, arm in product(seeds, arms)
     }
     facts = {"sweep.study": study.name}
@@ -64,6 +63,7 @@ def run_missing(
     if waiting:
         print(f"{len(waiting)} of {len(runs)} repeats with fresh seeds are still to run", flush=True)
     running: dict[int, TrialRun] = {}
+    until: dict[int, float] = {}
     try:
         while waiting or running:
             for slot in slots:
@@ -71,10 +71,16 @@ def run_missing(
                     arm, seed = waiting.pop(0)
                     running[slot.number] = runs[arm, seed]
                     runs[arm, seed].start(slot, tags[arm])
+                    minutes = runs[arm, seed].study.budget.trial_minutes or math.inf
+                    until[slot.number] = time.monotonic() + 60 * minutes
             for number, one in list(running.items()):
                 if one.code() is not None:
                     del running[number]
                     _take(one)
+                elif time.monotonic() > until[number]:
+                    del running[number]
+                    one.stop()
+                    print(f"{one.folder.name} takes longer than budget.trial_minutes and is left out", flush=True)
             if stop.asked:
                 raise Interrupted("")
             beat()

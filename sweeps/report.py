@@ -64,7 +64,8 @@ def _commands(study: Study, best: Trial | None) -> list[str]:
     """How to train the best trial's settings as a run of its own."""
     if best is None:
         return []
-    words = ["python", "-m", "distill", "--config", str(study.base)]
+    words = [*(study.launch.program or ["python", "-m", "distill"]), "--config", str(study.base)]
     settings = [*study.set, *best.overrides, f"run.seed={study.seed}", f"run.name={study.name}-best"]
+    settings += [f"run.folder={study.home}"] if study.launch.program else []  # which programs are always given
     words += [word for setting in settings for word in ("--set", setting)]
     return [shlex.join(words)]

@@ -82,6 +82,11 @@ class Result:
             difference, (low, high) = self.repeats["difference"], self.repeats["interval"]
             pairs = f"{self.repeats['pairs']} fresh seeds, paired"
             lines.append(f"best less defaults, {pairs}: {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
+        elif self.repeats and self.best.defaults:
+            again = [value for value in self.repeats["values"]["best"] if value is not None]
+            if again:
+                mean = sum(again) / len(again)
+                lines.append(f"the defaults are the best; {len(again)} fresh seeds give {mean:.5g} on average")
         return "\n".join(lines)
 
 
@@ -96,12 +101,15 @@ def read(study: Study, optuna_study: optuna.Study) -> Result:
         front = [optuna_study.best_trial.number]
     else:
         front = [trial.number for trial in optuna_study.best_trials]
+    repeats = optuna_study.user_attrs.get(REPEATS)
+    if repeats is not None and repeats["trial"] not in front[:1]:  # a better trial has been found since
+        repeats = None
     return Result(
         objectives=tuple(objective.metric for objective in study.objectives),
         signs=tuple(1 if objective.direction == "minimize" else -1 for objective in study.objectives),
         trials=tuple(trials.values()),
         front=tuple(trials[number] for number in front),
-        repeats=optuna_study.user_attrs.get(REPEATS),
+        repeats=repeats,
     )
 
 

@@ -32,6 +32,8 @@ OF_THE_MODEL = (".overrides", ".source", ".transfer", ".quantize")
 OF_THE_SIZE = ("run.", "data.", "tokenizer.", "batch.", "parallel.", "tracking.", "evaluation.")
 """Paths of a space that say how large the small run is, and are not carried."""
 SAID = {"width": "width", "depth": "depth", "batch": "a step's tokens", "tokens": "the run's tokens"}
+RULES = ("depth_exponent", "horizon_exponent", "averages")
+"""Of `transfer`: what is the same all the way up."""
 NANO = "-nano"
 Notes = dict[tuple[str, ...], str]
 
@@ -59,6 +61,15 @@ class Fit:
             raise DataError(f"--fit {path}: not JSON ({error}); make it with python -m sweeps transfer") from None
         if not isinstance(tree, dict) or not {"grids", "exponents", "settings"} <= tree.keys():
             raise DataError(f"--fit {path}: not a transfer check's; make one with python -m sweeps transfer")
+        try:
+            return cls._of(path, tree)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"--fit {path}: not a transfer check's ({error!r}); make one with python -m sweeps transfer"
+            ) from None
+
+    @classmethod
+    def _of(cls, path: Path, tree: dict[str, Any]) -> "Fit":
         settings, exponents = tree["settings"], tree["exponents"]
         rules = {name: settings[name] for name in ("depth_exponent", "averages")}
         notes = {grid["along"]: _seen(grid) for grid in tree["grids"] if grid["ruled"]}
@@ -95,8 +106,9 @@ def carry(
     for path, own, kin in _pairs(small, large):
         rate = kin.lr or small.optim.lr
         scaled.put((*path, "lr"), rate, f"{who}; per tensor the rules of `transfer` multiply it.")
-        block = _transfer(own, kin, small, large, fit)
-        scaled.put((*path, "transfer"), block, f"{_distance(own, kin, block, large, fit)}\n{_reasons(fit)}")
+        block = _transfer(own, kin, small, fit)
+        note = f"{_distance(own, kin, small, large, fit)}\n{_reasons(block, fit)}"
+        scaled.put((*path, "transfer"), block, note)
     for name in SHARED:
         value = getattr(small.optim, name)
         value = list(value) if isinstance(value, tuple) else value
@@ -149,30 +161,41 @@ def _kind(source: str) -> str:
     return source.removesuffix(NANO)
 
 
-def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, large: Config, fit: Fit | None) -> dict:
-    before, here = _sizes(kin), _sizes(own)
-    steps = small.run.steps + (small.teacher.head_start if isinstance(kin, Teacher) else 0)
-    step_tokens = small.batch.rows * small.data.sequence_length
-    block: dict[str, Any] = {
-        "overrides": {name: value for name, value in before.items() if value != here[name]},
-        "batch_tokens": step_tokens,
-        "tokens": steps * step_tokens,
-    }
-    return block | (fit.rules if fit else {})
+def _transfer(own: Model | Teacher, kin: Model | Teacher, small: Config, fit: Fit | None) -> dict[str, Any]:
+    """The block of a large model. Rates of a kin that was itself carried there are those of the model at the bottom."""
+    step_tokens, tokens = _tokens(kin, small)
+    before, rules = _sizes(kin), fit.rules if fit else {}
+    if kin.transfer is not None:
+        before = before | kin.transfer.overrides
+        step_tokens, tokens = kin.transfer.batch_tokens or step_tokens, kin.transfer.tokens or tokens
+        held = {name: getattr(kin.transfer, name) for name in RULES}
+        if fit and (other := {name for name, value in fit.rules.items() if value != held[name]}):
+            name = min(other)
+            raise ConfigError(
+                f"--fit {fit.source}: {name} = {fit.rules[name]}, and the study's own base was carried by "
+                f"{held[name]}; one climb has one rule: leave --fit out, or begin at the bottom with it"
+            )
+        rules = held
+    here = _sizes(own)
+    overrides = {name: value for name, value in before.items() if value != here[name]}
+    return {"overrides": overrides, "batch_tokens": step_tokens, "tokens": tokens} | rules
 
 
-def _distance(
-    own: Model | Teacher, kin: Model | Teacher, block: Mapping[str, Any], large: Config, fit: Fit | None
-) -> str:
-    """How far the settings are carried, and where that is further than the check (the default one's sizes) has been."""
+def _tokens(model: Model | Teacher, run: Config) -> tuple[int, int]:
+    """Tokens of a step, and of all steps the model makes."""
+    step_tokens = run.batch.rows * run.data.sequence_length
+    return step_tokens, step_tokens * (run.run.steps + (run.teacher.head_start if isinstance(model, Teacher) else 0))
+
+
+def _distance(own: Model | Teacher, kin: Model | Teacher, small: Config, large: Config, fit: Fit | None) -> str:
+    """How far from the study's model this one is, and where further than the check (the default's sizes) has been."""
     before, here = _sizes(kin), _sizes(own)
-    step_tokens = large.batch.rows * large.data.sequence_length
-    steps = large.run.steps + (large.teacher.head_start if isinstance(own, Teacher) else 0)
+    (step_before, tokens_before), (step_here, tokens_here) = _tokens(kin, small), _tokens(own, large)
     ratios = {
         "width": here["hidden_size"] / before["hidden_size"],
         "depth": here["num_hidden_layers"] / before["num_hidden_layers"],
-        "batch": step_tokens / block["batch_tokens"],
-        "tokens": steps * step_tokens / block["tokens"],
+        "batch": step_here / step_before,
+        "tokens": tokens_here / tokens_before,
     }
     heads = before["head_dim"], here["head_dim"]
     other = f"; head_dim goes from {heads[0]} to {heads[1]}, which no rule covers" if heads[0] != heads[1] else ""
@@ -180,7 +203,8 @@ def _distance(
     seen = ", ".join(f"{SAID[a]} x{reach.get(a, 1)}" for a, ratio in ratios.items() if ratio > reach.get(a, 1))
     warning = f"\nBeyond what the check has seen ({seen}): climb in stages, see docs/transfer.md." if seen else ""
     distances = ", ".join(f"{SAID[along]} x{ratio:,.6g}" for along, ratio in ratios.items())
-    return f"From the small model: {distances}{other}.{warning}"
+    stage = ", itself carried there: rates stay those of the model at the bottom" if kin.transfer else ""
+    return f"From the study's model{stage}: {distances}{other}.{warning}"
 
 
 def _sizes(model: Model | Teacher) -> dict[str, Any]:
@@ -188,8 +212,8 @@ def _sizes(model: Model | Teacher) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SIZES}
 
 
-def _reasons(fit: Fit | None) -> str:
-    rules = Transfer(**(fit.rules if fit else {}))
+def _reasons(block: Mapping[str, Any], fit: Fit | None) -> str:
+    rules = Transfer(**block)
     lines = [
         "Complete(d)P, arXiv 2512.22382 (herd/llama4/transfer.py): matrices by width ratio (rate 1/m, spread m^-0.5), "
         "branches by depth ratio^-1, rate by sqrt(batch ratio) x token ratio^-horizon_exponent.",

@@ -27,6 +27,8 @@ SET_BY_A_STUDY = (
     *("run.name", "run.folder", "run.seed", "run.keep_checkpoints", "run.ends"),
     *("tracking.register_models", "tracking.tags", "tracking.parent"),
 )
+MAY_BE_SET = ("run.ends",)
+LONGEST_NAME = 128
 OF_A_STUDY = "a study has base, space, objectives, ..."
 
 
@@ -142,6 +144,18 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _named(self) -> "Study":
+        if len(self.name) > LONGEST_NAME:
+            raise ValueError(f"name is {len(self.name)} letters long, too many for a file; use {LONGEST_NAME} at most")
+        if self.storage is None and "?" in str(self.folder):
+            raise ValueError(f"folder = {self.folder}: SQLite takes what follows a ? for options; name it without")
+        for override in self.set:
+            if (path := override.partition("=")[0]) in SET_BY_A_STUDY and path not in MAY_BE_SET:
+                mend = "use the study's own seed:" if path == "run.seed" else "take it out"
+                raise ValueError(f"set: {path} is set by the study itself, for every trial; {mend}")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> "Study":
         kind, several = self.pruner.kind, len(self.objectives) > 1
         if several and kind != "none":
@@ -199,7 +213,9 @@ class Study(Section):
 def file_of(url: str) -> Path | None:
     """The file of a storage's URL; None for a server."""
     kind, _, rest = url.partition(":")
-    return Path(rest.removeprefix("///")) if kind.partition("+")[0] in ("sqlite", "journal") else None
+    if kind.partition("+")[0] == "sqlite":
+        return Path(rest.removeprefix("///").partition("?")[0])  # options follow
+    return Path(rest) if kind == "journal" else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:
@@ -243,16 +259,20 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override}: write it as KEY=VALUE, such as seeds=3")
+    try:
+        value = config_text.parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: no YAML ({' '.join(str(error).split())})") from None
     while True:
         name = _first(tree, key)
         if name == key:
-            tree[name] = config_text.parse(text)
+            tree[name] = value
             return
         tree, key = tree.setdefault(name, {}), key[len(name) + 1 :]
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {name} has no fields of its own; give it as a whole")
         if name == "space" and not any(key.startswith(f"{path}.") for path in tree):
-            tree[key] = config_text.parse(text)  # its keys are paths with dots themselves
+            tree[key] = value  # its keys are paths with dots themselves
             return
 
 

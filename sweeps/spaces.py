@@ -53,16 +53,23 @@ def _base_values(base: Config, space: Space) -> dict[str, Any]:
             found[path] = config_text.write_inline(fitting[0]) if fitting else None
         else:
             inside = isinstance(value, int | float) and _distribution(part)._contains(value)
-            found[path] = value if inside else None
+            found[path] = _number(value, part) if inside else None
     return found
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
     """Every value of each path, for a grid."""
     return {
-        path: _texts(part) if isinstance(part, Choices) else [part.point(index) for index in range(part.count)]
+        path: _texts(part)
+        if isinstance(part, Choices)
+        else [_number(part.point(index), part) for index in range(part.count)]
         for path, part in space.items()
     }
+
+
+def _number(value: float, part: Range) -> int | float:
+    """As Optuna draws it: 1 and 1.0 are two points to a storage."""
+    return int(value) if part.whole else float(value)
 
 
 def _distribution(part: Range | Choices) -> BaseDistribution:
@@ -90,4 +97,6 @@ def _look_up(tree: Any, path: str) -> Any:
 def _agrees(value: Any, choice: Any) -> bool:
     if isinstance(choice, dict) and isinstance(value, dict):
         return all(key in value and _agrees(value[key], part) for key, part in choice.items())
+    if isinstance(choice, list) and isinstance(value, list):
+        return len(choice) == len(value) and all(map(_agrees, value, choice))
     return value == choice

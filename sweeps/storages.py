@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from herd.run import config
-from herd.run.errors import ConfigError, EnvironmentFault, first_line
+from herd.run.errors import ConfigError, DataError, EnvironmentFault, first_line
 from herd.run.files import full_disk
 from herd.run.folders import make_folder
 from herd.run.schema import Config
@@ -107,11 +107,11 @@ def open_storage(url: str) -> BaseStorage:
     if kind.partition("+")[0] in DATABASES:
         options: dict[str, Any] = {"pool_pre_ping": True}
         if kind == "sqlite":
-            _check_database(Path(rest.removeprefix("///")))
+            _check_database(file_of(url))
             options = {"connect_args": {"timeout": BUSY_S}}
         return RDBStorage(url, engine_kwargs=options)
     if kind == "journal":
-        _check_journal(Path(rest))
+        _check_journal(file_of(url))
         return JournalStorage(JournalFileBackend(rest))
     host, _, port = rest.removeprefix("//").rpartition(":")
     return GrpcStorageProxy(host=host, port=int(port))
@@ -125,6 +125,8 @@ def _check_database(file: Path) -> None:
 
 def _check_journal(file: Path) -> None:
     make_folder(file.absolute().parent, "storage")
+    if file.is_dir():
+        raise ConfigError(f"storage = journal:{file}: a folder; give the name of a file, such as {file / 'study.log'}")
     with file.open("rb") if file.is_file() else BytesIO() as stream:
         first = stream.readline()
     if first.endswith(b"\n") and b'"op_code"' not in first:  # a line a writer is at is no fault
@@ -139,6 +141,10 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
         except Exception as error:
             if (full := full_disk(error, file_of(url))) is not None:
                 raise full from error
+            if "malformed" in str(error):  # SQLite's word for a file that is cut short or overwritten
+                raise DataError(
+                    f"storage = {shown(url)} is damaged ({_reason(error)}); restore it, or give another"
+                ) from error
             if not _outage(error):
                 raise
             if wait is None:
@@ -197,7 +203,8 @@ def identity(study: Study, base: Config) -> dict[str, Any]:
     """What makes a study this study and no other: as JSON."""
     free = {"base", "set", "budget", "launch", "repeats", "folder", "storage"}
     settings = study.model_dump(mode="json", exclude=free)
-    return json.loads(json.dumps(settings | {"base": config.dump(base)}))
+    program = {"program": study.launch.program} if study.launch.program else {}
+    return json.loads(json.dumps(settings | program | {"base": config.dump(base)}))
 
 
 def quiet() -> None:

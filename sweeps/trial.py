@@ -5,6 +5,7 @@ run.start(slot, tags); run.code() is None          # it goes on
 run.stop(); run.last_words()
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+from herd.run import config
 from herd.run.files import write_atomic
 from herd.run.folders import make_folder
 from herd.run.ranks import free_port
@@ -83,6 +87,10 @@ class TrialRun:
         """Start it or go on with it. tags: settings that only name it."""
         home, launch = self.study.home, self.study.launch
         make_folder(home, "folder")
+        begun = home / f".{self.folder.name}.json"
+        if self.folder.exists() and _read(begun) != self.made_of():
+            set_aside(home, [self.folder])  # of another study that was here: nothing to go on with
+        write_atomic(begun, json.dumps(self.made_of()) + "\n")
         words = [*(launch.program or launcher(launch.ranks)), "--config", str(self.study.base_copy)]
         words += [word for setting in [*self.settings, *tags] for word in ("--set", setting)] + ["--resume", "auto"]
         lock = home / f".{self.folder.name}.lock"
@@ -108,13 +116,18 @@ class TrialRun:
 
     def finish(self) -> None:
         """Note that it ended well, so that it is never run again, and drop its checkpoints."""
-        write_atomic(self.folder / DONE, json.dumps(self.settings) + "\n")
+        write_atomic(self.folder / DONE, json.dumps(self.made_of()) + "\n")
         clear_checkpoints(self.folder)
 
     def is_done(self) -> bool:
-        """Whether it has ended well before, with these very settings."""
-        stamp = self.folder / DONE
-        return stamp.exists() and json.loads(stamp.read_text()) == self.settings
+        """Whether it has ended well before, made of the very same."""
+        return _read(self.folder / DONE) == self.made_of()
+
+    def made_of(self) -> dict[str, Any]:
+        """What decides what it becomes, as JSON: its settings, the base they are put on, and what runs it."""
+        base = config.dump(config.load(self.study.base_copy))
+        digest = hashlib.sha256(base.encode()).hexdigest()
+        return {"settings": self.settings, "base": digest, "program": self.study.launch.program}
 
     def last_words(self) -> str:
         """What the run said last on its log: its error line, where it had one."""
@@ -125,6 +138,10 @@ class TrialRun:
         return (errors or lines or [f"exit code {code}, and it said nothing"])[-1].removeprefix("error: ")
 
 
+def _read(stamp: Path) -> Any:
+    return json.loads(stamp.read_text()) if stamp.exists() else None
+
+
 def killed(number: int) -> str:
     """What ended a run, from the number of the signal."""
     cause = "; out of memory, if nobody did it" if number == signal.SIGKILL else f" ({signal.strsignal(number)})"
@@ -133,8 +150,11 @@ def killed(number: int) -> str:
 
 def set_aside(home: Path, runs: Iterable[Path]) -> Path:
     """Move runs that no trial can go on with out of the way of the next of their names; returns their new folder."""
-    place = next(place for number in count(1) if not (place := home / f"aside-{number}").exists())
-    place.mkdir()
+    for number in count(1):
+        place = home / f"aside-{number}"
+        with suppress(FileExistsError):  # another worker may be at it too
+            place.mkdir()
+            break
     for run in runs:
         run.rename(place / run.name)
     return place

@@ -32,6 +32,8 @@ from sweeps.trial import Slot, TrialRun, clear_checkpoints, set_aside
 
 GLANCE_S, WATCH_S = 0.25, 1.0
 STOPPED = "stopped"
+SENT_AWAY = ("", Interrupted.exit_code)
+"""The answer of a worker that was told to stop: by its command, or by somebody who meant this one alone."""
 MOST_FAILURES = 3  # trials in a row, before any has succeeded
 
 
@@ -87,6 +89,7 @@ class Worker:
                 time.sleep(WATCH_S)  # the last trials run elsewhere, and may be left behind there
                 continue
             with storages.turn(self.study):
+                self.check_stop()  # again: what was recovered may be what stopped the study
                 trial = self.on_storage(self.ask)
                 mine = self.on_storage(lambda trial=trial: self.ledger.claim(trial))
             if mine:
@@ -110,13 +113,13 @@ class Worker:
         logs = f"{facts['folder']}{'.log' if self.study.seeds == 1 else '-seed-*.log'}"
         print(f"trial {trial.number} starts  {'  '.join(overrides)}  log: {logs}", flush=True)
         try:
+            self.check(overrides)
             values = self.values(trial, name, overrides, started)
         except Cut:
             self.on_storage(lambda: self.ledger.pause(trial))
             raise Interrupted("") from None
         except ConfigError as error:  # an objective that no run reports
-            self.on_storage(lambda: self.ledger.pause(trial))
-            self.stop_all(str(error), error.exit_code)
+            self.stop_all(str(error), error.exit_code, trial)
         except Pruned as reason:
             self.tell(trial, TrialState.PRUNED, why=str(reason))
         except Failed as error:
@@ -184,13 +187,21 @@ class Worker:
                 raise Cut
             time.sleep(GLANCE_S)
 
+    def check(self, overrides: list[str]) -> None:
+        """Raise Failed for values that are right one by one and wrong together."""
+        try:
+            self.settings(overrides)
+        except ConfigError as error:
+            raise Failed(error.exit_code, str(error)) from None
+
     def settings(self, overrides: list[str]) -> Config:
         """What a trial with these overrides runs."""
         return config.load(self.study.base_copy, [*self.study.set, *overrides])
 
     def stream(self, run: TrialRun, base: Config) -> metrics.MetricsStream:
-        """What the run writes, from its students' first step."""
-        return metrics.MetricsStream(run.folder / "metrics.jsonl", base.teacher.head_start)
+        """What the run writes, from its students' first step; a program's steps are its own."""
+        head_start = 0 if self.study.launch.program else base.teacher.head_start
+        return metrics.MetricsStream(run.folder / "metrics.jsonl", head_start)
 
     def report(self, trial: optuna.Trial, stream: metrics.MetricsStream, seen: set[int]) -> Iterator[int]:
         """Tell the storage of new values, one run and one objective only; the steps it was told of."""
@@ -205,18 +216,17 @@ class Worker:
     def failed(self, trial: optuna.Trial, error: Failed) -> None:
         """A run that failed by itself: this trial's own fault, or one that all trials would meet."""
         frozen = next(t for t in self.on_storage(self.optuna_study.get_trials) if t.number == trial.number)
-        line = f"trial {trial.number}: {error} (its log: {frozen.user_attrs['folder']}.log)"
+        log = Path(f"{frozen.user_attrs['folder']}.log")
+        line = f"trial {trial.number}: {error}" + (f" (its log: {log})" if log.exists() else "")
         if error.code == ENVIRONMENT:
-            self.on_storage(lambda: self.ledger.pause(trial))
-            self.stop_all(line, ENVIRONMENT)
+            self.stop_all(line, ENVIRONMENT, trial)
         from_outside = not 0 < error.code < 128 or error.code == Interrupted.exit_code
         if from_outside and self.on_storage(lambda: self.ledger.retry(frozen, died=True)):
             return
         ended = self.on_storage(self.ledger.ended)
         sound = any(t.state != TrialState.FAIL for t in ended)
         if frozen.user_attrs.get("defaults") or (len(ended) >= MOST_FAILURES - 1 and not sound):
-            self.on_storage(lambda: self.ledger.pause(trial))  # what ails it may be mended
-            self.stop_all(line, ENVIRONMENT if from_outside else error.code)
+            self.stop_all(line, ENVIRONMENT if from_outside else error.code, trial)
         self.tell(trial, TrialState.FAIL, why=str(error))
 
     def tell(self, trial: optuna.Trial, state: TrialState, values: list[float] | None = None, why: str = "") -> None:
@@ -229,17 +239,20 @@ class Worker:
             for folder in (self.study.home / name, *self.study.home.glob(f"{name}-seed-*")):
                 clear_checkpoints(folder)
 
-    def stop_all(self, line: str, code: int) -> None:
-        """Raise TrialsFail here, and have the workers of every other machine stop too."""
-        self.on_storage(lambda: self.optuna_study.set_user_attr(STOPPED, line))
+    def stop_all(self, line: str, code: int, trial: optuna.Trial) -> None:
+        """Raise TrialsFail here, and have the workers of every other machine stop too; the trial waits for a mend."""
+        # In this order, so that no worker that is not told to stop finds the trial waiting.
+        self.on_storage(lambda: self.optuna_study.set_user_attr(STOPPED, [line, code]))
+        self.on_storage(lambda: self.ledger.pause(trial))
         raise TrialsFail(f"{self.study.name} stops: {line}", code)
 
     def check_stop(self) -> None:
         """Raise Interrupted when this worker, or the whole study, was told to stop."""
         if self.must_stop():
             raise Interrupted("")
-        if self.on_storage(lambda: self.optuna_study.user_attrs).get(STOPPED):
-            raise Interrupted("another worker stopped the study")
+        if stopped := self.on_storage(lambda: self.optuna_study.user_attrs).get(STOPPED):
+            line, code = stopped
+            raise TrialsFail(f"{self.study.name} stops: {line}", code)
 
     def must_stop(self) -> bool:
         """Told to stop, or left behind by a command that was killed."""
@@ -294,9 +307,11 @@ def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers
         worker = Worker(study, base, slot, storages.open_study(study, base), deadline)
         signal.signal(signal.SIGTERM, lambda *_: setattr(worker, "stopping", True))
         worker.work()
-        answers.send(None)
+        answer = None
     except HerdError as error:
-        answers.send((str(error), error.exit_code))
+        answer = (str(error), error.exit_code)
+    with suppress(BrokenPipeError):  # its command is gone
+        answers.send(answer)
 
 
 def raise_answer(answer: tuple[str, int]) -> None:

@@ -33,6 +33,14 @@ def test_a_trial_survives_any_number_of_killed_workers_with_its_settings(ledger)
     assert ledger.ended() == [] and len(ledger.counted()) == 1
 
 
+def test_settings_that_wait_survive_a_worker_killed_before_it_took_them_up(ledger):
+    ledger.study.enqueue_trial({"x": 0.25}, user_attrs={"defaults": True})
+    trial = ledger.study.ask()  # and no more
+    assert trial.params == {} and ledger.retry(ledger.study.trials[trial.number])
+    again = ledger.study.ask(SPACE)
+    assert again.params == {"x": 0.25} and again.user_attrs["defaults"]
+
+
 def test_a_run_that_dies_of_itself_is_left_to_its_worker_after_some_tries(ledger):
     trial = start(ledger)
     for death in range(1, MOST_DEATHS + 1):

@@ -196,7 +196,7 @@ def test_a_repeat_that_fails_is_left_out_and_alone_runs_again(tmp_path, monkeypa
     counts = Counter((study.home / "starts").read_text().split())
     assert {name for name, count in counts.items() if count > 1} == {
         "repeat-best-0001-seed-1001",
-        "repeat-defaults-0001-seed-1001",
+        "repeat-defaults-seed-1001",
     }
     assert len(counts) == 2 + 6  # a grid of two points has two trials, whatever the budget
 

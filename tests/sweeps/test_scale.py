@@ -54,6 +54,34 @@ def test_the_rules_written_are_those_from_the_small_model_to_the_large(tmp_path)
     assert transferred_of(made, "maverick", own).rules == scales(SPECS["maverick-nano"].config(), own, horizon)
 
 
+def climbed(folder, name, base):
+    """scout-nano at another width, depth and horizon, from a study over `base`."""
+    path = folder / f"{name}.yaml"
+    factor = {"middle": 2, "top": 4}[name]
+    sizes = {"hidden_size": 128 * factor, "num_hidden_layers": 4 * factor, "num_attention_heads": 4 * factor}
+    tree = config_text.parse((studies.ROOT / "configs" / "nano.yaml").read_text())
+    tree["students"] = {"scout": {"source": "scout-nano", "overrides": sizes}}
+    tree["run"]["steps"] = 200 * factor
+    tree["batch"]["rows"] = 8 * factor
+    path.write_text(json.dumps(tree))
+    study = ran(folder, found=["optim.lr=0.003"], base=base, name=f"below-{name}-{base.stem}",
+                space={"optim.lr": Range(low=1e-4, high=1e-1, log=True)})  # fmt: skip
+    out = folder / f"{name}-from-{base.stem}.yaml"
+    scale.write(study, path, out)
+    return out
+
+
+def test_a_climb_in_stages_ends_where_the_climb_at_once_does(tmp_path):
+    nano = studies.ROOT / "configs" / "nano.yaml"
+    at_once = config.load(climbed(tmp_path, "top", nano))
+    middle = climbed(tmp_path, "middle", nano)
+    in_stages = config.load(climbed(tmp_path, "top", middle))
+    own = SPECS["scout-nano"].config(**at_once.students["scout"].overrides)
+    assert transferred_of(in_stages, "scout", own).rules == transferred_of(at_once, "scout", own).rules
+    assert in_stages.students["scout"].transfer == at_once.students["scout"].transfer
+    assert "width x2, depth x2" in (tmp_path / "top-from-middle-from-nano.yaml").read_text()
+
+
 def test_a_fit_gives_its_exponent_and_is_cited(tmp_path):
     slope = {"value": 0.31, "interval": [0.25, 0.37]}
     grid = {"along": "width", "ruled": True, "slope": slope, "moved": 0.4, "excess": 0.001, "sizes": [{"factor": 8}]}

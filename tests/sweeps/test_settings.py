@@ -52,6 +52,12 @@ def write(folder: Path, text: str) -> Path:
             "is no storage; use sqlite:///FILE",
         ),
         ("space: {run.seed: {low: 0, high: 9}}", "space.run.seed is set by the study itself"),
+        (
+            "space: {optim.lr: {low: 1e-3, high: 2e-3}}\nset: [run.seed=5]",
+            "set: run.seed is set by the study itself, for every trial; use the study's own seed:",
+        ),
+        ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nfolder: 'a?b'", "folder = a?b: SQLite takes what follows a ?"),
+        (f"space: {{optim.lr: {{low: 1e-3, high: 2e-3}}}}\nname: {'n' * 300}", "name is 300 letters long"),
         ("space: {batch.rows: {low: 2, high: 8, step: 7}}", "step = 7 leads beyond high = 8 at once; use 6 or less"),
         ("space: {batch.rows: {low: 2, high: 8, step: 0.5}}", "write low and high with a point, or a whole step"),
         ("space: {optim.lr: {low: 1e-3, high: 2e-3}}\nstorage: foo://x", "foo://x is no storage; use sqlite:///FILE"),
@@ -142,6 +148,11 @@ def test_another_kind_of_file_is_named_with_its_command(load, file, mend):
     with pytest.raises(ConfigError, match=mend) as raised:
         load(studies.ROOT / file)
     assert "\n" not in str(raised.value)
+
+
+def test_a_flag_that_is_no_yaml_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"--set space=\[: no YAML"):
+        settings.load(write(tmp_path, "space: {optim.lr: {low: 1e-3, high: 2e-3}}"), ["space=["])
 
 
 def test_flags_override_the_file(tmp_path):

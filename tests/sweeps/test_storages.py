@@ -4,16 +4,17 @@ import math
 import sqlite3
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from pydantic import ValidationError
 
-from herd.run.errors import ConfigError, DiskFull, EnvironmentFault
+from herd.run.errors import ConfigError, DataError, DiskFull, EnvironmentFault
 from sweeps import Range, checks, results, spaces, storages
 from sweeps.drivers import check_driver
-from sweeps.settings import Sampler
+from sweeps.settings import Sampler, file_of
 from tests.sweeps import studies
 
 SPACE = {"optim.lr": Range(low=1e-4, high=1e-1, log=True), "optim.decay": Range(low=0.0, high=1.0)}
@@ -59,6 +60,25 @@ def test_a_file_that_is_no_storage_is_named_at_once_and_left_as_it_is(tmp_path, 
     with pytest.raises(ConfigError, match=r"notes.txt: the file is no"):
         storages.open_storage(f"{kind}{path}")
     assert path.read_text() == "no storage at all, but somebody's notes\n"
+
+
+@pytest.mark.parametrize(("url", "file"), [
+    ("journal:///shared/a.log", "///shared/a.log"), ("journal:a.log", "a.log"),
+    ("sqlite:///a.db?timeout=30", "a.db"), ("sqlite:////tmp/a.db", "/tmp/a.db"),
+])  # fmt: skip
+def test_a_storages_file_is_the_one_that_is_opened(url, file):
+    assert file_of(url) == Path(file)
+
+
+def test_a_folder_for_a_journal_and_a_damaged_database_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"a folder; give the name of a file, such as .*study.log"):
+        storages.open_storage(f"journal:{tmp_path}")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(storage=storages.open_storage(url), study_name="whole")
+    content = (tmp_path / "study.db").read_bytes()
+    (tmp_path / "study.db").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"study.db is damaged \(.*malformed.*\); restore it, or give another"):
+        storages.patiently(lambda: optuna.load_study(study_name="whole", storage=storages.open_storage(url)), url)
 
 
 def test_a_url_with_a_port_that_is_none_is_one_line_without_its_password():
