@@ -113,7 +113,6 @@ class Worker:
         logs = f"{facts['folder']}{'.log' if self.study.seeds == 1 else '-seed-*.log'}"
         print(f"trial {trial.number} starts  {'  '.join(overrides)}  log: {logs}", flush=True)
         try:
-            self.check(overrides)
             values = self.values(trial, name, overrides, started)
         except Cut:
             self.on_storage(lambda: self.ledger.pause(trial))
@@ -130,6 +129,7 @@ class Worker:
 
     def values(self, trial: optuna.Trial, name: str, overrides: list[str], started: float) -> list[float]:
         """The objectives' values, means over the trial's seeds."""
+        self.check(overrides)
         study, rows = self.study, []
         for index in range(study.seeds):
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"

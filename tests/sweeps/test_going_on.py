@@ -16,7 +16,7 @@ import yaml
 import sweeps
 from herd.run.errors import ConfigError
 from sweeps import Range, checks, metrics, storages
-from sweeps.trial import Slot
+from sweeps.trial import Slot, TrialRun
 from sweeps.worker import STOPPED, TrialsFail, Worker
 from tests.sweeps import studies
 
@@ -83,6 +83,17 @@ def test_another_program_makes_another_study(tmp_path):
     other = studies.make(tmp_path, launch={"program": [sys.executable, "-m", "tests.sweeps.stub", "--other"]})
     with pytest.raises(ConfigError, match="is another one"):
         sweeps.run(other)
+
+
+def test_steps_of_a_training_count_from_where_its_students_start(tmp_path):
+    study = studies.make(tmp_path, set=["teacher.head_start=3"], launch={})
+    base = checks.check(study)
+    run = TrialRun.of(study, name="trial-0000", overrides=[], seed=0)
+    run.folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "heldout/scout": float(step)}) for step in range(1, 6)]
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    stream = Worker(study, base, Slot(0, 1), None).stream(run, base)
+    assert list(stream.new("heldout/scout")) == [(1, 4.0), (2, 5.0)]
 
 
 def test_pruners_see_a_programs_own_steps_whatever_the_bases_head_start(tmp_path, monkeypatch):

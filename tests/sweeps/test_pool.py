@@ -71,10 +71,10 @@ def test_bad_trials_are_cut_early_and_cost_fewer_steps(tmp_path, monkeypatch):
     assert not list(study.home.glob("*/checkpoints"))  # of trials that are over, however they ended
 
 
-def test_halving_ends_trials_at_its_rungs_counted_from_where_the_students_start(tmp_path, monkeypatch):
+def test_halving_ends_trials_at_its_rungs(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_SECONDS", "0.3")
     study = studies.make(
-        tmp_path, set=["run.steps=8", "run.evaluate_every=1", "teacher.head_start=2", "tracking.enabled=false"],
+        tmp_path, set=["run.steps=6", "run.evaluate_every=1", "tracking.enabled=false"],
         budget={"trials": 6}, pruner={"kind": "halving", "factor": 2}, sampler={"kind": "random", "seed": 2},
     )  # fmt: skip
     result = sweeps.run(study)
