@@ -135,7 +135,8 @@ def _complete(path: Path) -> bool:
 
 
 def _schema(path: Path) -> str:
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)
+    # Not read-only: what a writer killed in the middle has left, SQLite takes back before anybody reads.
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=20)
     try:
         return connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
     except (sqlite3.DatabaseError, TypeError) as error:

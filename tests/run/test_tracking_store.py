@@ -20,6 +20,14 @@ tracker = open_tracker(Path(sys.argv[1]), experiment="shared", run_name=sys.argv
 tracker.metrics({"loss": float(sys.argv[2])}, 1)
 tracker.finish(timeout_s=120)
 """
+WRITER = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("CREATE TABLE tags_of_nobody (text TEXT)")
+connection.execute("PRAGMA cache_size = 1")  # pages go to disk before the commit
+connection.executemany("INSERT INTO tags_of_nobody VALUES (?)", [("x" * 1000,)] * 2000)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 CREATOR = "import sys; from herd.run.store import prepare; prepare(sys.argv[3])"
 
 
@@ -94,6 +102,16 @@ def test_a_store_of_another_mlflow_is_named_with_its_mend_before_training(tmp_pa
     ui = subprocess.run([sys.executable, "-m", "herd.run.ui", "--port", "5999"], capture_output=True, text=True)
     assert (ui.returncode, ui.stdout, ui.stderr.count("\n")) == (3, "", 1)
     assert "other.db: not an MLflow store" in ui.stderr
+
+
+def test_a_store_whose_writer_was_killed_in_the_middle_is_one(tmp_path, shared):
+    database = tmp_path / "mlflow.db"
+    shutil.copy(shared, database)
+    subprocess.run([sys.executable, "-c", WRITER, str(database)], check=False)
+    assert database.with_name("mlflow.db-journal").stat().st_size > 0  # what is half-written is to be taken back
+    check(f"sqlite:///{database}")
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("SELECT count(*) FROM tags_of_nobody").fetchone() == (0,)
 
 
 def test_creating_a_store_leaves_other_loggers_speaking(tmp_path):
