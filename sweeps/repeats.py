@@ -62,22 +62,20 @@ def run_missing(
     waiting = [key for key, one in runs.items() if not one.is_done()]
     if waiting:
         print(f"{len(waiting)} of {len(runs)} repeats with fresh seeds are still to run", flush=True)
-    running: dict[int, TrialRun] = {}
-    until: dict[int, float] = {}
+    running: dict[int, tuple[TrialRun, float]] = {}  # by slot, with when it must have ended
     try:
         while waiting or running:
             for slot in slots:
                 if slot.number not in running and waiting:
                     arm, seed = waiting.pop(0)
-                    running[slot.number] = runs[arm, seed]
-                    runs[arm, seed].start(slot, tags[arm])
-                    minutes = runs[arm, seed].study.budget.trial_minutes or math.inf
-                    until[slot.number] = time.monotonic() + 60 * minutes
-            for number, one in list(running.items()):
+                    one = runs[arm, seed]
+                    one.start(slot, tags[arm])
+                    running[slot.number] = one, time.monotonic() + 60 * (one.study.budget.trial_minutes or math.inf)
+            for number, (one, until) in list(running.items()):
                 if one.code() is not None:
                     del running[number]
                     _take(one)
-                elif time.monotonic() > until[number]:
+                elif time.monotonic() > until:
                     del running[number]
                     one.stop()
                     print(f"{one.folder.name} takes longer than budget.trial_minutes and is left out", flush=True)
@@ -86,7 +84,7 @@ def run_missing(
             beat()
             time.sleep(GLANCE_S)
     finally:
-        for one in running.values():
+        for one, _ in running.values():
             one.stop()
 
 

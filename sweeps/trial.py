@@ -87,10 +87,10 @@ class TrialRun:
         """Start it or go on with it. tags: settings that only name it."""
         home, launch = self.study.home, self.study.launch
         make_folder(home, "folder")
-        begun = home / f".{self.folder.name}.json"
-        if self.folder.exists() and _read(begun) != self.made_of():
+        begun, made_of = home / f".{self.folder.name}.json", self.made_of()
+        if self.folder.exists() and _read(begun) != made_of:
             set_aside(home, [self.folder])  # of another study that was here: nothing to go on with
-        write_atomic(begun, json.dumps(self.made_of()) + "\n")
+        write_atomic(begun, json.dumps(made_of) + "\n")
         words = [*(launch.program or launcher(launch.ranks)), "--config", str(self.study.base_copy)]
         words += [word for setting in [*self.settings, *tags] for word in ("--set", setting)] + ["--resume", "auto"]
         lock = home / f".{self.folder.name}.lock"

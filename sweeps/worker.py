@@ -129,11 +129,11 @@ class Worker:
 
     def values(self, trial: optuna.Trial, name: str, overrides: list[str], started: float) -> list[float]:
         """The objectives' values, means over the trial's seeds."""
-        self.check(overrides)
-        study, rows = self.study, []
+        study, base, rows = self.study, self.settings(overrides), []
         for index in range(study.seeds):
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
-            folder = self.follow(trial, one, overrides, study.seed + index, started)
+            run = TrialRun.of(study, name=one, overrides=overrides, seed=study.seed + index)
+            folder = self.follow(trial, run, base, started)
             found = final_metrics(study, folder)
             if bad := [f"{metric} = {value}" for metric, value in found.items() if not math.isfinite(value)]:
                 raise Pruned(", ".join(bad))
@@ -144,15 +144,14 @@ class Worker:
                     raise Pruned(f"seed {index + 1} of {study.seeds}")
         return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
-    def follow(self, trial: optuna.Trial, name: str, overrides: list[str], seed: int, started: float) -> Path:
+    def follow(self, trial: optuna.Trial, run: TrialRun, base: Config, started: float) -> Path:
         """Run one training to its end; returns its folder. Raises Pruned, Failed or Cut, with nothing left running."""
-        run = TrialRun.of(self.study, name=name, overrides=overrides, seed=seed)
         if run.is_done():
-            list(self.report(trial, self.stream(run, self.settings(overrides)), set()))
+            list(self.report(trial, self.stream(run, base), set()))
             return run.folder
         run.start(self.slot, self.tags(trial))
         try:
-            self.watch(trial, run, overrides, started)
+            self.watch(trial, run, base, started)
         finally:
             run.stop()
             self.remember_run(trial, run.folder)
@@ -164,9 +163,8 @@ class Worker:
             raise Pruned(run.last_words())
         raise Failed(code or 0, run.last_words())
 
-    def watch(self, trial: optuna.Trial, run: TrialRun, overrides: list[str], started: float) -> None:
+    def watch(self, trial: optuna.Trial, run: TrialRun, base: Config, started: float) -> None:
         """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
-        base = self.settings(overrides)
         stream, seen = self.stream(run, base), set()
         pruned = self.study.pruner.kind in PRUNERS_ON_STEPS
         beaten, limit = time.monotonic(), self.study.budget.trial_minutes
@@ -187,16 +185,12 @@ class Worker:
                 raise Cut
             time.sleep(GLANCE_S)
 
-    def check(self, overrides: list[str]) -> None:
-        """Raise Failed for values that are right one by one and wrong together."""
+    def settings(self, overrides: list[str]) -> Config:
+        """What a trial with these overrides runs. Raises Failed for values right one by one and wrong together."""
         try:
-            self.settings(overrides)
+            return config.load(self.study.base_copy, [*self.study.set, *overrides])
         except ConfigError as error:
             raise Failed(error.exit_code, str(error)) from None
-
-    def settings(self, overrides: list[str]) -> Config:
-        """What a trial with these overrides runs."""
-        return config.load(self.study.base_copy, [*self.study.set, *overrides])
 
     def stream(self, run: TrialRun, base: Config) -> metrics.MetricsStream:
         """What the run writes, from its students' first step; a program's steps are its own."""

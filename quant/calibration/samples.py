@@ -78,12 +78,12 @@ def sample_of(parts: Mapping[str, Linear], leaf: str, input_nK: Tensor, activati
     """The inputs, with the slopes of act(gate) up by gate or by up (`leaf`)."""
 
     def slopes(rows: slice) -> Tensor:
-        gate_nN, up_nN = (parts[one].outputs(input_nK, rows) for one in PAIR)
+        gate_nN = parts["gate_proj"].outputs(input_nK, rows)
         if leaf == "up_proj":
             return activation(gate_nN)
         with torch.enable_grad():
             gate_nN.requires_grad_()
             (slope_nN,) = torch.autograd.grad(activation(gate_nN).sum(), gate_nN)
-        return slope_nN * up_nN
+        return slope_nN * parts["up_proj"].outputs(input_nK, rows)
 
     return Sample(input_nK, slopes)

@@ -35,10 +35,6 @@ class Objective(ABC):
         """Of every row [E, N]."""
 
     @abstractmethod
-    def rows(self, part: slice) -> "Objective":
-        """That of some of the rows."""
-
-    @abstractmethod
     def order(self) -> Tensor:
         """Columns K by how much they count, most first."""
 
@@ -51,8 +47,11 @@ class Objective(ABC):
         """Kept up to date from these errors on."""
 
     @abstractmethod
-    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
-        """q_g H q_h^T [E, N, G, G] and q_g H w^T [E, N, G]: the scales that fit the codes best solve it."""
+    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """q_g H q_h^T [E, N, G, G] and q_g H w^T [E, N, G]: the scales that fit the codes best solve it.
+
+        codes_ENGS and weight_ENK are those of the given rows alone.
+        """
 
 
 class Plain(Objective):
@@ -64,9 +63,6 @@ class Plain(Objective):
     def cost(self, error_ENK: Tensor) -> Tensor:
         return output_error(error_ENK, self._hessian_EKK)
 
-    def rows(self, part: slice) -> "Plain":
-        return self
-
     def order(self) -> Tensor:
         diagonal_K = self._hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(0)
         return torch.argsort(diagonal_K, descending=True, stable=True)
@@ -77,7 +73,7 @@ class Plain(Objective):
     def pulls(self, error_ENK: Tensor) -> "PlainPulls":
         return PlainPulls(error_ENK, self._hessian_EKK)
 
-    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
+    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         groups, size = codes_ENGS.shape[2:]
         system_ENGG = codes_ENGS.new_empty(*codes_ENGS.shape[:3], groups)
         for group in range(groups):
@@ -124,12 +120,6 @@ class Gated(Objective):
         cost_N = (self._weight_nN * output_nN.square()).sum(0) + (error_NK * self._spread(error_NK)).sum(1)
         return cost_N[None]
 
-    def rows(self, part: slice) -> "Gated":
-        chosen = object.__new__(Gated)
-        chosen._input_nK, chosen._plain_KK, chosen._curvatures = self._input_nK, self._plain_KK, {}
-        chosen._weight_nN, chosen._ridge_N = self._weight_nN[:, part].contiguous(), self._ridge_N[part]
-        return chosen
-
     def order(self) -> Tensor:
         return torch.argsort(self._plain_KK.diagonal(), descending=True, stable=True)
 
@@ -142,24 +132,24 @@ class Gated(Objective):
     def pulls(self, error_ENK: Tensor) -> "GatedPulls":
         return GatedPulls(self, error_ENK[0])
 
-    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
+    def system(self, codes_ENGS: Tensor, weight_ENK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         codes_NGS, weight_NK = codes_ENGS[0], weight_ENK[0]
         groups, size = codes_NGS.shape[1:]
         inputs = self._input_nK.split(size, 1)
         outputs_NGn = torch.stack([codes_NGS[:, g] @ input_nS.T for g, input_nS in enumerate(inputs)], 1)
-        weighted_NGn = outputs_NGn * self._weight_nN.T[:, None]
+        weighted_NGn = outputs_NGn * self._weight_nN.T[rows, None]
         system_NGG = weighted_NGn @ outputs_NGn.mT
         wanted_NG = (weighted_NGn @ (weight_NK @ self._input_nK.T)[..., None])[..., 0]
-        wanted_NG += (self._spread(weight_NK).unflatten(1, (groups, size)) * codes_NGS).sum(-1)
+        wanted_NG += (self._spread(weight_NK, rows).unflatten(1, (groups, size)) * codes_NGS).sum(-1)
         for group in range(groups):
             spread_NK = codes_NGS[:, group] @ self._plain_KK[group * size : (group + 1) * size]
             system_NGG[:, group] += (spread_NK.unflatten(1, (groups, size)) * codes_NGS).sum(-1)
-            system_NGG[:, group, group] += self._ridge_N * codes_NGS[:, group].square().sum(-1)
+            system_NGG[:, group, group] += self._ridge_N[rows] * codes_NGS[:, group].square().sum(-1)
         return system_NGG[None], wanted_NG[None]
 
-    def _spread(self, error_NK: Tensor) -> Tensor:
+    def _spread(self, error_NK: Tensor, rows: slice = slice(None)) -> Tensor:
         """Errors times all of H but what the tokens weigh."""
-        return error_NK @ self._plain_KK + self._ridge_N[:, None] * error_NK
+        return error_NK @ self._plain_KK + self._ridge_N[rows, None] * error_NK
 
     def _curvature(self, index_B: Tensor) -> Tensor:
         # One product for all rows: that of the weights with every product of two columns.

@@ -38,7 +38,7 @@ def refit_scales(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         codes_ENK_part = _centred(codes_ENK[:, part], take(parameters, slice(None), part))
-        fitted.append(_fit(weight_ENK[:, part], codes_ENK_part, parameters.scale_NG[:, part], objective.rows(part)))
+        fitted.append(_fit(weight_ENK[:, part], codes_ENK_part, parameters.scale_NG[:, part], objective, part))
     found = Parameters(grid.storable(torch.cat(fitted, 1)), parameters.zero_NG)
     before_EN = objective.cost(weight_ENK - grid.decode(codes_ENK, parameters).float())
     after_EN = objective.cost(weight_ENK - grid.decode(codes_ENK, found).float())
@@ -76,9 +76,9 @@ def descend(weight_ENK: Tensor, codes_ENK: Tensor, parameters: Parameters, objec
     return codes_ENK
 
 
-def _fit(weight_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, objective: Objective) -> Tensor:
+def _fit(weight_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, objective: Objective, rows: slice) -> Tensor:
     """Least squares of a row's scales s: minimise the cost of w - sum_g s_g q_g over s."""
-    system_ENGG, wanted_ENG = objective.system(codes_ENK.unflatten(-1, (scale_ENG.shape[-1], -1)), weight_ENK)
+    system_ENGG, wanted_ENG = objective.system(codes_ENK.unflatten(-1, (scale_ENG.shape[-1], -1)), weight_ENK, rows)
     # Solved for the change of the scales, so that the ridge draws them to where they are.
     missing_ENG = wanted_ENG - (system_ENGG @ scale_ENG[..., None])[..., 0]
     diagonal_ENG = system_ENGG.diagonal(dim1=-2, dim2=-1)
