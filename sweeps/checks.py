@@ -7,6 +7,7 @@ import difflib
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
 from herd.run import config, config_text
 from herd.run.config_checks import export_name, split_batch
@@ -25,8 +26,7 @@ def check(study: Study) -> Config:
     base = config.load(study.base, study.set, flag="base")
     check_space(study)
     if program := study.launch.program:  # its metrics are its own
-        if shutil.which(program[0]) is None:
-            raise ConfigError(f"launch.program.0 = {program[0]}: no such program; give its path, or one on the PATH")
+        check_program(program)
     else:
         check_objectives(study, base)
         check_pruner(study, base)
@@ -36,6 +36,16 @@ def check(study: Study) -> Config:
     if study.storage_file is not None:
         check_folder(study.storage_file.parent, "storage")
     return base
+
+
+def check_program(program: list[str]) -> None:
+    """Refuse a program, or a Python script for it to run, that is not there."""
+    if shutil.which(program[0]) is None:
+        raise ConfigError(f"launch.program.0 = {program[0]}: no such program; give its path, or one on the PATH")
+    words = [(place, word) for place, word in enumerate(program) if place and not word.startswith("-")]
+    for place, word in words[:1]:
+        if word.endswith(".py") and not Path(word).is_file():
+            raise ConfigError(f"launch.program.{place} = {word}: no such file; give its path from {Path.cwd()}")
 
 
 def check_space(study: Study) -> None:

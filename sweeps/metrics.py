@@ -13,6 +13,8 @@ from typing import Any
 
 from herd.run.errors import ConfigError
 
+LARGEST = 1e100
+
 
 class MetricsStream:
     """Reads the whole lines that were added since the last call; a run that goes on may write a step again.
@@ -62,6 +64,11 @@ def final(folder: Path, metric: str) -> float:
     near = difflib.get_close_matches(metric, numbers, n=3, cutoff=0.3) or numbers[:3]
     mend = f"it has {', '.join(near)}" if near else "it reported no number at all"
     raise ConfigError(f"objectives: {folder} never reported {metric}; {mend}")
+
+
+def usable(value: float) -> bool:
+    """Whether a number can be compared and drawn; NaN, infinity and what is on its way there cannot."""
+    return abs(value) < LARGEST
 
 
 def _record(path: Path, line: bytes) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _take(ended: TrialRun) -> None:
 
 def _value(ended: TrialRun, metric: str) -> float | None:
     value = metrics.final(ended.folder, metric) if ended.is_done() else math.nan
-    return value if math.isfinite(value) else None
+    return value if metrics.usable(value) else None
 
 
 def paired(values: dict[str, list[float | None]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from herd.run import config_faults, config_text
 from herd.run.errors import ConfigError
-from herd.run.section import Name, Section
+from herd.run.section import NAME, Name, Section
 from herd.run.store import shown
 from sweeps.ranges import Choices, Range
 
@@ -88,6 +88,7 @@ class Launch(Section):
 
 class Study(Section):
     name: Name
+    """Of its folder and in its storage, letters, digits and . _ - only; the file's name where that is one."""
     folder: Path = Path("runs/sweeps")
     """The study's folder is made here; trials are run folders inside it."""
     base: Path
@@ -221,7 +222,9 @@ def file_of(url: str) -> Path | None:
 def load(path: str | Path, overrides: Sequence[str] = (), *, flag: str = "--study") -> Study:
     """Read a study's YAML, with `KEY=VALUE` overrides of its fields; ConfigError, one line a fault."""
     path = Path(path)
-    tree = {"name": path.stem} | read_tree(path, wanted=OF_A_STUDY, flag=flag)
+    tree = read_tree(path, wanted=OF_A_STUDY, flag=flag)
+    if re.fullmatch(NAME, path.stem):
+        tree = {"name": path.stem} | tree
     if not tree.keys() & {"base", "space", "objectives"}:
         if tree.keys() & {"grids", "coordinates", "depth_exponent", "horizon_exponent"}:
             raise ConfigError(f"{path}: a transfer check, no study; use python -m sweeps transfer --config {path}")

@@ -5,7 +5,6 @@
 Every trial ends told: complete, pruned (by the pruner, by its time, by NaN) or failed. One that is cut off waits again.
 """
 
-import math
 import os
 import signal
 import socket
@@ -80,7 +79,8 @@ class Worker:
         """Run trials until there is none to start. Raises Interrupted when told to stop, TrialsFail to stop all."""
         while True:
             self.check_stop()
-            self.on_storage(self.ledger.recover)
+            with storages.turn(self.study):  # two that recover at once would make two of a lost trial
+                self.on_storage(self.ledger.recover)
             if not self.on_storage(self.ledger.open) or (
                 self.deadline is not None and time.monotonic() > self.deadline
             ):
@@ -135,7 +135,7 @@ class Worker:
             run = TrialRun.of(study, name=one, overrides=overrides, seed=study.seed + index)
             folder = self.follow(trial, run, base, started)
             found = final_metrics(study, folder)
-            if bad := [f"{metric} = {value}" for metric, value in found.items() if not math.isfinite(value)]:
+            if bad := [f"{metric} = {value}" for metric, value in found.items() if not metrics.usable(value)]:
                 raise Pruned(", ".join(bad))
             rows.append(list(found.values()))
             if study.seeds > 1 and len(study.objectives) == 1:
@@ -202,7 +202,7 @@ class Worker:
         if len(self.study.objectives) > 1 or self.study.seeds > 1:
             return
         for step, value in stream.new(self.study.objectives[0].metric):
-            if step not in seen and math.isfinite(value):
+            if step not in seen and metrics.usable(value):
                 seen.add(step)
                 self.on_storage(lambda step=step, value=value: trial.report(value, step))
                 yield step

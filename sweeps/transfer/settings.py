@@ -15,6 +15,7 @@ from herd.run.schema import Optim, Tracking
 from herd.run.section import Name, Section
 from sweeps.settings import fill, read_tree
 
+OF_A_CHECK = "a check has source, grids, seeds, optim, ..."
 GRID_STEP = 0.5
 """Of the rates, in octaves: neighbours differ by the factor 2^0.5."""
 Along = Literal["width", "depth", "batch", "tokens"]
@@ -127,9 +128,11 @@ class TransferCheck(Section):
 def load(path: Path | None, overrides: Sequence[str] = ()) -> TransferCheck:
     """The check a YAML describes (the default one without a file), with `KEY=VALUE` overrides; ConfigError."""
     if path:
-        tree = read_tree(path, wanted="a check has grids, seeds, optim, ...", flag="--config")
+        tree = read_tree(path, wanted=OF_A_CHECK, flag="--config")
         if tree.keys() & {"space", "objectives"}:
             raise ConfigError(f"{path}: a study, no transfer check; use python -m sweeps --study {path}")
+        if tree.keys() & {"run", "students"}:
+            raise ConfigError(f"{path}: the configuration of a run, no transfer check; {OF_A_CHECK}")
     else:  # whole, so that an override of one field leaves those beside it
         tree = TransferCheck().model_dump(mode="json")
     return fill(TransferCheck, tree, overrides, where=str(path or "transfer"))

@@ -1,7 +1,7 @@
 """A stand-in for a training run: the same flags, the same files, a known optimum, and no training.
 
 Held-out loss falls towards (log10(optim.lr) + 2.5)^2 + seed / 1000 over run.steps steps. STUB_SECONDS a step;
-STUB_FAIL=CODE ends with that code and STUB_NAN with a loss that is none, with STUB_SEED for that seed alone;
+STUB_FAIL=CODE ends with that code and STUB_LOSS=VALUE has that loss, with STUB_SEED for that seed alone;
 STUB_METRIC is what the loss is called. STUB_LINGER seconds pass between the last step and the end. Every start is a
 line in `starts` beside the run folders. Goes on from what metrics.jsonl holds.
 """
@@ -37,7 +37,7 @@ def main() -> int:
     with path.open("a") as file:
         for step in range(done + 1, int(sets["run.steps"]) + 1):
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-            loss = math.nan if chosen and "STUB_NAN" in os.environ else floor + 1 / step
+            loss = float(os.environ["STUB_LOSS"]) if chosen and "STUB_LOSS" in os.environ else floor + 1 / step
             record = {"step": step, os.environ.get("STUB_METRIC", "heldout/scout"): loss, "pid": os.getpid()}
             file.write(json.dumps(record) + "\n")
             file.flush()

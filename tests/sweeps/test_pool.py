@@ -177,10 +177,11 @@ def test_a_base_whose_runs_are_killed_stops_the_study_after_three_tries(tmp_path
     assert (study.home / "starts").read_text().split() == ["trial-0000"] * 3
 
 
-def test_a_run_that_ends_well_with_a_loss_that_is_none_is_pruned(tmp_path, monkeypatch):
-    monkeypatch.setenv("STUB_NAN", "1")
+@pytest.mark.parametrize("loss", ["nan", "1e+308"])
+def test_a_run_that_ends_well_with_a_loss_that_is_none_is_pruned(tmp_path, monkeypatch, loss):
+    monkeypatch.setenv("STUB_LOSS", loss)
     result = sweeps.run(studies.make(tmp_path, budget={"trials": 2}))
-    assert [(trial.state, trial.why) for trial in result.trials] == [("pruned", "heldout/scout = nan")] * 2
+    assert [(trial.state, trial.why) for trial in result.trials] == [("pruned", f"heldout/scout = {loss}")] * 2
 
 
 def test_a_repeat_that_fails_is_left_out_and_alone_runs_again(tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def test_a_range_ends_on_its_last_step(tmp_path):
         (["launch.ranks=3"], ConfigError, "launch.ranks = 3: batch.rows = 4: .* does not hold on 3 ranks"),
         (["pruner.kind=median", "set=[run.evaluate_every=500]"], ConfigError, "run.evaluate_every = 500 leaves none"),
         (["launch.program=[no-such-program]"], ConfigError, "launch.program.0 = no-such-program: no such program"),
+        (["launch.program=[python, -u, no-such.py]"], ConfigError, "launch.program.2 = no-such.py: no such file"),
         (["storage=mysql+foo://user:secret@host/x"], ConfigError, "storage = mysql.foo://host/x: .* no driver foo"),
         (["base=nowhere.yaml"], ConfigError, "nowhere.yaml: no such file; base takes"),
         (["folder=FILE"], ConfigError, "folder: .*study.yaml is a file, not a folder"),
@@ -142,12 +143,22 @@ def test_a_program_of_its_own_reports_what_it_likes(tmp_path):
         (settings.load, "configs/sweeps/transfer/smoke.yaml", "use python -m sweeps transfer --config"),
         (settings.load, "configs/smoke.yaml", "the configuration of a run, no study"),
         (transfer.load, "configs/sweeps/rates.yaml", "use python -m sweeps --study"),
+        (transfer.load, "configs/smoke.yaml", "the configuration of a run, no transfer check"),
     ],
 )
 def test_another_kind_of_file_is_named_with_its_command(load, file, mend):
     with pytest.raises(ConfigError, match=mend) as raised:
         load(studies.ROOT / file)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_whose_name_is_none_is_asked_for_one(tmp_path):
+    path = tmp_path / "my study.yaml"
+    path.write_text(f"base: {studies.ROOT}/configs/smoke.yaml\nspace: {{optim.lr: {{low: 1e-3, high: 2e-3}}}}\n"
+                    "objectives: [{metric: heldout/scout}]\n")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"name: missing; give a value \(.* letters, digits and \. _ -"):
+        settings.load(path)
+    assert settings.load(path, ["name=mine"]).name == "mine"
 
 
 def test_a_flag_that_is_no_yaml_is_one_line(tmp_path):
