@@ -12,17 +12,20 @@ from math import prod
 import torch
 
 from quant.architectures import EXPERT_BANK, bf16_bytes
+from quant.calibration.moments import bank_of
 from quant.calibration.rows import BATCH_TOKENS
 from quant.calibration.samples import PAIR, most_tokens
 from quant.calibration.stages import input_key, stages
-from quant.calibration.walk import WEIGHTS, input_bytes
+from quant.calibration.walk import WEIGHTS, input_bytes, working_bytes
 from quant.memory import fits
+from quant.methods.gated import ROUNDS
 from quant.methods.method import Method
 from quant.methods.refinement import BLOCK
 from quant.plans import Plan, header_bytes
 
 PROCESS_BYTES = 750 * 10**6  # Python with torch and transformers, and what they hold while they compute
-GATED_PRODUCTS = 20  # of sampled inputs and a layer's weights, beside those within blocks of columns
+GATED_PRODUCTS = 8  # of sampled inputs and a layer's weights, beside those within blocks of columns
+GATED_STEP_S = 25e-6  # of one weight of an expert bank's gates, in a chunk of the rows that usually move at once
 SEARCH_NS = 40  # of one weight's scale, on one core
 
 
@@ -56,6 +59,7 @@ def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting:
     forward = 2 * share * plan.all_weights * (tokens * passes + counting * row_tokens)
     solving = 0.0
     inputs: dict[str, int] = {}
+    stepping: dict[str, float] = {}
     for layer in plan.layers:
         width, columns = layer.shape
         met = tokens * (_expert_share(plan) if EXPERT_BANK.match(layer.name) else 1)
@@ -64,8 +68,10 @@ def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting:
             solving += 2 * columns**2 * met * streams + 3 * columns**3
         solving += 14 * width * columns**2
         if method.samples_inputs and layer.name.endswith(PAIR):
-            solving += 2 * (BLOCK + GATED_PRODUCTS) * min(met, most_tokens(columns)) * width * columns
-    seconds = search_s + (forward + solving) / _flops()
+            products = (BLOCK + GATED_PRODUCTS) * columns + 2 * width
+            solving += 2 * ROUNDS * products * min(met, most_tokens(columns)) * width
+            stepping[bank_of(layer.name) or layer.name] = ROUNDS * GATED_STEP_S * width * columns
+    seconds = search_s + 2 * sum(stepping.values()) + (forward + solving) / _flops()
     return Estimate(PROCESS_BYTES + max(held, checked), seconds, gate_bytes, whole)
 
 
@@ -97,7 +103,7 @@ def _largest_layer(plan: Plan, method: Method) -> tuple[int, int]:
         rows, columns = layer.shape
         needed[stage] = needed.get(stage, 0) + input_bytes(columns, method) + 4 * WEIGHTS * rows * columns
     rest = 2 * sum(prod(shape) for name, (_, shape) in plan.kept.items() if _block(name)) // depth
-    return max(weights.values()) + rest, max(needed.values())
+    return max(weights.values()) + rest, max(needed.values()) + max(working_bytes(one, method) for one in plan.layers)
 
 
 def _block(name: str) -> str:

@@ -8,7 +8,7 @@ In memory: one decoder layer, the Hessians of as many of its inputs as memory_by
 E layers of one shape, N output channels, K input channels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,12 @@ from quant.calibration.decoder import Decoder
 from quant.calibration.ledger import Ledger
 from quant.calibration.moments import Moments, Reference, bank_of, measure
 from quant.calibration.rows import CalibrationRows
-from quant.calibration.samples import PAIR, Linear, activation_of, most_tokens, sample_of
+from quant.calibration.samples import PAIR, activation_of, most_tokens
 from quant.calibration.stages import input_key, stages
 from quant.memory import give_back
 from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
-from quant.methods.method import Method, Sample, layer_of
+from quant.methods.method import FeedForward, Method, Rounded, layer_of
 from quant.methods.names import GRID_SCHEMES
 from quant.methods.rtn import Rtn
 from quant.methods.targets import corrected
@@ -148,9 +148,10 @@ class Block:
             once = input_bytes(columns, self._walk._method)
             bytes_of[key] = bytes_of.get(key, once) + 4 * WEIGHTS * rows * columns
         chunks: list[list[str]] = [[]]
+        room = self._walk._memory_bytes - max(working_bytes(self._layers[name], self._walk._method) for name in names)
         filled = 0
         for key, needed in bytes_of.items():
-            if chunks[-1] and filled + needed > self._walk._memory_bytes:
+            if chunks[-1] and filled + needed > room:
                 chunks.append([])
                 filled = 0
             chunks[-1].append(key)
@@ -169,57 +170,74 @@ class Block:
                 self._part(name).weight.data = rounded
 
     def _round(self, names: Sequence[str], moments: Moments) -> None:
+        method = self._walk._method
+        rounded: dict[tuple[str, ...], Rounded] = {}
+        hessians: dict[tuple[str, ...], Tensor] = {}
         for stack in stacks([name for name in names if moments.tokens.get(input_key(name))], self._layers):
             columns = self._layers[stack[0]].shape[1]
             hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
             weight_ENK = torch.stack([self._weight(name) for name in stack])
-            if self._walk._method.corrects:
+            if method.corrects:
                 shift_EKK = torch.stack([moments.shift(input_key(name), columns) for name in stack])
                 weight_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
-            self._settle(stack, weight_ENK, self._walk._method, hessian_EKK, self._samples(stack, moments))
+            self._choose(tuple(stack), weight_ENK, method, hessian_EKK, rounded)
+            hessians[tuple(stack)] = hessian_EKK
+        if method.samples_inputs:
+            self._refine(rounded, hessians, moments)
         for stack in stacks([name for name in names if not moments.tokens.get(input_key(name))], self._layers):
-            self._settle(stack, torch.stack([self._weight(name) for name in stack]), Rtn(), None)
+            self._choose(tuple(stack), torch.stack([self._weight(name) for name in stack]), Rtn(), None, rounded)
+        for stack, chosen in rounded.items():
+            self._settle(stack, chosen)
         for name in names:
             key = input_key(name)
             tokens = moments.tokens.get(key, 0)
             kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
             self.inputs[key] = {"tokens": tokens, "treatment": kind}
 
-    def _samples(self, stack: Sequence[str], moments: Moments) -> Iterator[Sample] | None:
-        """What `Method.refine` asks for of a stack, one after another; None where there is nothing to ask."""
-        if any(input_key(name) not in moments.kept for name in stack):
-            return None
-        return (self._sample(name, moments.kept[input_key(name)].inputs()) for name in stack)
-
-    def _sample(self, name: str, input_nK: Tensor) -> Sample:
-        parent, _, leaf = name.rpartition(".")
-        parts = {}
-        for one in PAIR:
-            part = self._part(f"{parent}.{one}")
-            weight_NK = self._originals.get(f"{parent}.{one}", part.weight.data)
-            parts[one] = Linear(weight_NK, None if part.bias is None else part.bias.data)
-        return sample_of(parts, leaf, input_nK, activation_of(self._walk._plan.config))
-
-    def _settle(
+    def _choose(
         self,
-        stack: Sequence[str],
+        stack: tuple[str, ...],
         weight_ENK: Tensor,
         method: Method,
         hessian_EKK: Tensor | None,
-        samples: Iterable[Sample] | None = None,
+        rounded: dict[tuple[str, ...], Rounded],
     ) -> None:
-        """Choose the codes of a stack, keep them as they are stored, and put their values into the module."""
+        """Codes of a stack into `rounded`; one of several schemes that has no grid is settled at once, to nearest."""
         scheme = self._layers[stack[0]].scheme
         if scheme.name in GRID_SCHEMES:
-            codes_ENK, parameters = method.round(weight_ENK, scheme.grid, hessian_EKK)
-            if samples is not None:
-                codes_ENK, parameters = method.refine(
-                    weight_ENK, codes_ENK, parameters, scheme.grid, hessian_EKK, samples
+            rounded[stack] = Rounded(weight_ENK, *method.round(weight_ENK, scheme.grid, hessian_EKK))
+        else:
+            self._keep({name: scheme.compress(self._part(name).weight.data) for name in stack}, scheme)
+
+    def _refine(
+        self, rounded: dict[tuple[str, ...], Rounded], hessians: Mapping[tuple[str, ...], Tensor], moments: Moments
+    ) -> None:
+        """Make the codes of gates and of their up projections better, with the inputs that were kept."""
+        gate, up = PAIR
+        for stack in [stack for stack in rounded if stack[0].endswith(f".{gate}")]:
+            other = tuple(name.removesuffix(gate) + up for name in stack)
+            if other in rounded and all(input_key(name) in moments.kept for name in stack):
+                parts = [self._feed_forward(name.removesuffix(f".{gate}"), moments) for name in stack]
+                grid = self._layers[stack[0]].scheme.grid
+                rounded[stack], rounded[other] = self._walk._method.refine(
+                    rounded[stack], rounded[other], grid, hessians[stack], parts
                 )
-            made = [scheme.store(codes_NK, layer_of(parameters, at)) for at, codes_NK in enumerate(codes_ENK)]
-        else:  # one of several schemes, and no method's but to round to nearest
-            made = [scheme.compress(self._part(name).weight.data) for name in stack]
-        for name, stored in zip(stack, made, strict=True):
+
+    def _feed_forward(self, parent: str, moments: Moments) -> FeedForward:
+        gate, up, down = (self._part(f"{parent}.{leaf}") for leaf in (*PAIR, "down_proj"))
+        biases = tuple(None if part.bias is None else part.bias.data for part in (gate, up))
+        input_nK = moments.kept[f"{parent}.{PAIR[0]}"].inputs()
+        return FeedForward(input_nK, down.weight.data, biases, activation_of(self._walk._plan.config))
+
+    def _settle(self, stack: Sequence[str], chosen: Rounded) -> None:
+        """Keep the codes of a stack as they are stored."""
+        scheme = self._layers[stack[0]].scheme
+        made = [scheme.store(codes_NK, layer_of(chosen.parameters, at)) for at, codes_NK in enumerate(chosen.codes_ENK)]
+        self._keep(dict(zip(stack, made, strict=True)), scheme)
+
+    def _keep(self, made: Mapping[str, dict[str, Tensor]], scheme: Scheme) -> None:
+        """Keep what is stored of layers, and put its values into the module."""
+        for name, stored in made.items():
             self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
             part = self._part(name)
             self._originals[name], self._rounded[name] = part.weight.data, scheme.decompress(stored)
@@ -279,6 +297,13 @@ def input_bytes(columns: int, method: Method) -> int:
     """What is held for one input: its matrices, and in bf16 the tokens a method samples."""
     sampled = 2 * most_tokens(columns) * columns if method.samples_inputs else 0
     return 4 * HESSIANS * columns * columns + sampled
+
+
+def working_bytes(layer: Layer, method: Method) -> int:
+    """What a method holds for a time beside that, for a gate with its up projection."""
+    rows, columns = layer.shape
+    refined = method.samples_inputs and layer.name.endswith(PAIR)
+    return method.working_bytes(most_tokens(columns), rows, columns) if refined else 0
 
 
 def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:

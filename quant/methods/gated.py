@@ -1,51 +1,83 @@
-"""GPTQ whose gate and up projections are then refined by what their errors do behind the activation.
+"""GPTQ whose gate and up projections are then refined by what their errors do to the output of the whole part.
 
     method = GatedGptq();  codes_ENK, parameters = method.round(weight_ENK, grid, hessian_EKK)
-    codes_ENK, parameters = method.refine(weight_ENK, codes_ENK, parameters, grid, hessian_EKK, samples)
+    gate, up = method.refine(gate, up, grid, hessian_EKK, parts)                   # quant.methods.method.Rounded
 
-A layer-wise error counts all tokens alike, but behind act(gate) up one of gate counts by up act'(gate), one of up by
-act(gate): most tokens hardly matter to a given channel, which gets a Hessian of its own. E, N, K, G as in `method`.
+A few rows at a time, gates and ups by turns, each given all others as they are now (`feed_forward`): errors of one row
+make good those of another, which a layer-wise objective cannot see. E, N, K, G as in `method`, R rows of a chunk.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quant.formats.grid import Grid, Parameters
+from quant.methods.feed_forward import FeedForwards, state_bytes
 from quant.methods.gptq import Gptq
-from quant.methods.method import Sample
-from quant.methods.objectives import Gated
-from quant.methods.refinement import BLOCK, refine, take
+from quant.methods.method import FeedForward, Rounded
+from quant.methods.refinement import refine, take
 
-CHUNK_BYTES = 1 << 27  # held for the rows refined at one time: Hessians within blocks of columns, and numbers of tokens
-PER_TOKEN = 8
+ROUNDS = 2
+BATCH_BYTES = 1 << 29
+"""Of the states of experts that are refined side by side; one is refined whatever it takes."""
 
 
 @dataclass(frozen=True)
 class GatedGptq(Gptq):
     samples_inputs = True
 
+    def working_bytes(self, tokens: int, rows: int, columns: int) -> int:
+        return max(BATCH_BYTES, state_bytes(tokens, rows, columns))
+
     def refine(
-        self,
-        weight_ENK: Tensor,
-        codes_ENK: Tensor,
-        parameters: Parameters,
-        grid: Grid,
-        hessian_EKK: Tensor,
-        samples: Iterable[Sample],
-    ) -> tuple[Tensor, Parameters]:
-        """Codes that `round` chose made better; samples: one a layer, made as they are asked for."""
-        weight_ENK, codes_ENK, scale_ENG = weight_ENK.float(), codes_ENK.clone(), parameters.scale_NG.clone()
-        for e, sample in enumerate(samples):
-            input_nK = sample.input_nK.float()
-            step = max(1, CHUNK_BYTES // (4 * (BLOCK * input_nK.shape[1] + PER_TOKEN * len(input_nK))))
-            for start in range(0, weight_ENK.shape[1], step):
-                rows = slice(start, start + step)
-                at = (slice(e, e + 1), rows)
-                objective = Gated(input_nK, sample.slopes(rows).square(), hessian_EKK[e])
-                codes_ENK[at], found = refine(
-                    weight_ENK[at], codes_ENK[at], take(parameters, *at), objective, grid, rounds=self.rounds
-                )
-                scale_ENG[at] = found.scale_NG
-        return codes_ENK, Parameters(scale_ENG, parameters.zero_NG)
+        self, gate: Rounded, up: Rounded, grid: Grid, hessian_EKK: Tensor, parts: Sequence[FeedForward]
+    ) -> tuple[Rounded, Rounded]:
+        """Codes that `round` chose made better. On the sampled inputs no part's output is further off than before."""
+        both = [_copy(gate), _copy(up)]
+        for index_E in batches(parts):
+            several = FeedForwards(
+                [parts[e] for e in index_E.tolist()],
+                wanted=[one.weight_ENK[index_E] for one in both],
+                now=[grid.decode(*_chosen(one, index_E, slice(None))).float() for one in both],
+            )
+            for _ in range(ROUNDS):
+                for which, one in enumerate(both):
+                    for rows in several.chunks():
+                        _refine_rows(several, which, rows, one, index_E, grid, hessian_EKK[index_E])
+        return both[0], both[1]
+
+
+def _refine_rows(
+    several: FeedForwards, which: int, rows: slice, one: Rounded, index_E: Tensor, grid: Grid, hessian_EKK: Tensor
+) -> None:
+    """Scales and codes of some rows of some layers, written into `one`."""
+    codes_ERK, parameters = _chosen(one, index_E, rows)
+    objective = several.objective(which, rows, hessian_EKK)
+    found_ERK, found = refine(one.weight_ENK[index_E, rows], codes_ERK, parameters, objective, grid, rounds=1)
+    better_E = several.put(which, rows, grid.decode(found_ERK, found).float())
+    one.codes_ENK[index_E[better_E], rows] = found_ERK[better_E]
+    one.parameters.scale_NG[index_E[better_E], rows] = found.scale_NG[better_E]
+
+
+def _chosen(one: Rounded, index_E: Tensor, rows: slice) -> tuple[Tensor, Parameters]:
+    return one.codes_ENK[index_E, rows], take(one.parameters, index_E, rows)
+
+
+def _copy(one: Rounded) -> Rounded:
+    """With codes and scales that may be written to."""
+    return Rounded(
+        one.weight_ENK, one.codes_ENK.clone(), Parameters(one.parameters.scale_NG.clone(), one.parameters.zero_NG)
+    )
+
+
+def batches(parts: Sequence[FeedForward]) -> Iterator[Tensor]:
+    """Numbers of parts that met about as many tokens, as many together as BATCH_BYTES holds."""
+    tokens = [len(part.input_nK) for part in parts]
+    order = sorted(range(len(parts)), key=tokens.__getitem__, reverse=True)
+    while order:
+        largest = parts[order[0]]
+        room = max(1, BATCH_BYTES // state_bytes(len(largest.input_nK), *largest.down_HN.shape[::-1]))
+        yield torch.tensor(order[:room])
+        order = order[room:]

@@ -2,8 +2,8 @@
 
     codes_ENK, parameters = method.round(weight_ENK, grid, hessian_EKK)
 
-E layers, N output channels, K input channels, G groups of a row. hessian_EKK is the mean of x x^T over the inputs x a
-layer met in calibration, fp32; None for methods without calibration.
+E layers, N output channels, K input channels, G groups of a row, H channels of what reads a layer's output. hessian_EKK
+is the mean of x x^T over the inputs x a layer met in calibration, fp32; None for methods without calibration.
 """
 
 from abc import ABC, abstractmethod
@@ -17,12 +17,23 @@ from quant.formats.grid import Grid, Parameters
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Some inputs [n, K] that a gate or up projection met in calibration."""
+class Rounded:
+    """Layers of one shape, the weights they aim at and what was chosen for them."""
+
+    weight_ENK: Tensor
+    codes_ENK: Tensor
+    parameters: Parameters
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """down(act(gate x + a) * (up x + b)) of an expert or a dense layer, and some x [n, K] it met in calibration."""
 
     input_nK: Tensor
-    slopes: Callable[[slice], Tensor]
-    """By how much an error of these output channels is multiplied in each of them [n, N]."""
+    down_HN: Tensor
+    biases: tuple[Tensor | None, Tensor | None]
+    """a and b."""
+    activation: Callable[[Tensor], Tensor]
 
 
 class Method(ABC):
@@ -36,7 +47,11 @@ class Method(ABC):
     """Aims at what the unquantised model puts out, not at what its own weights make of inexact inputs (`targets`)."""
 
     samples_inputs = False
-    """Then `refine` is asked once more for gate and up projections, with inputs they met (`quant.methods.gated`)."""
+    """Then `refine` is asked once more for gates with their up projections, and inputs they met (`gated`)."""
+
+    def working_bytes(self, tokens: int, rows: int, columns: int) -> int:
+        """Held for a time by `refine`, for gates of that shape and that many inputs."""
+        return 0
 
     @abstractmethod
     def round(self, weight_ENK: Tensor, grid: Grid, hessian_EKK: Tensor | None) -> tuple[Tensor, Parameters]:

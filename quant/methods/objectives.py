@@ -1,12 +1,13 @@
 """What an error of the weights costs each output channel: a quadratic form, by which codes and scales are refined.
 
     Plain(hessian_EKK).cost(error_ENK)            # e H e^T, the same H for all rows of a layer
-    Gated(input_nK, weight_nN, hessian_KK).cost(error_1NK)      # every row its own, never formed
+    Gated(inputs, weight_EnN, cross_EnN, hessian_EKK).cost(error_ENK)      # every row its own, never formed
 
 E, N, K, G as in `method`, S weights of a group, B columns of a block, n tokens.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -96,85 +97,94 @@ class PlainPulls(Pulls):
         self._pull_ENK += change_ENB @ self._hessian_EKK[:, index_B]
 
 
-class Gated(Objective):
-    """The mean over tokens of a weight for each row times the squared error of its output, drawn to the plain cost.
+@dataclass
+class Inputs:
+    """What layers met: value_EnK [E, n, K], zero after the first tokens_E of a layer."""
 
-    Of one layer (E = 1). H_n = (1 - p) mean_t(w_tn x_t x_t^T) + p H + a ridge, w scaled to a mean of one in every row.
-    p is PLAIN_SHARE, and more where tokens are few: the plain Hessian counts as K of them.
+    value_EnK: Tensor
+    tokens_E: Tensor
+    _columns: dict[int, Tensor] = field(default_factory=dict)
+
+    def columns(self, index_B: Tensor) -> Tensor:
+        """A block of them [E, n, B]. Blocks come in one order, again and again: they are copied out once."""
+        first = int(index_B[0])
+        if first not in self._columns or self._columns[first].shape[-1] != len(index_B):
+            self._columns[first] = self.value_EnK[..., index_B]
+        return self._columns[first]
+
+
+class Gated(Objective):
+    """A Hessian for each row, never formed: the mean over tokens of w x x^T, drawn to the plain one; and a lean.
+
+    The cost is e H e^T + 2 l e^T with H = (1 - p) mean_t(w_t x_t x_t^T) + p (the plain one) + a ridge and
+    l = (1 - p) mean_t(c_t x_t), both over the row's mean of w. p is PLAIN_SHARE, and more where tokens are few: the
+    plain Hessian counts as K of them. weight_EnN and cross_EnN [E, n, N] are zero where the inputs are.
     """
 
-    def __init__(self, input_nK: Tensor, weight_nN: Tensor, hessian_KK: Tensor):
-        tokens, columns = input_nK.shape
-        share = max(PLAIN_SHARE, columns / (tokens + columns))
-        mean_N = weight_nN.mean(0).clamp(min=torch.finfo(torch.float32).tiny)
-        self._input_nK = input_nK
-        self._weight_nN = weight_nN / mean_N * ((1 - share) / tokens)
-        self._plain_KK = share * hessian_KK
-        trace_N = self._weight_nN.T @ input_nK.square().sum(1) + self._plain_KK.diagonal().sum()
-        self._ridge_N = RIDGE / columns * trace_N
-        self._curvatures: dict[int, Tensor] = {}
+    def __init__(self, inputs: Inputs, weight_EnN: Tensor, cross_EnN: Tensor, hessian_EKK: Tensor):
+        input_EnK, tokens_E = inputs.value_EnK, inputs.tokens_E
+        columns = input_EnK.shape[-1]
+        share_E = (columns / (tokens_E + columns)).clamp(min=PLAIN_SHARE)
+        mean_EN = (weight_EnN.sum(1) / tokens_E[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
+        factor_E1N = ((1 - share_E) / tokens_E)[:, None, None] / mean_EN[:, None]
+        self._inputs, self._input_EnK = inputs, input_EnK
+        self._weight_EnN = weight_EnN * factor_E1N
+        self._lean_ENK = (cross_EnN * factor_E1N).mT @ input_EnK
+        self._plain_EKK = share_E[:, None, None] * hessian_EKK
+        trace_EN = (self._weight_EnN.mT @ input_EnK.square().sum(-1, keepdim=True))[..., 0]
+        plain_E1 = self._plain_EKK.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True)
+        self._ridge_EN = RIDGE / columns * (trace_EN + plain_E1)
 
     def cost(self, error_ENK: Tensor) -> Tensor:
-        error_NK = error_ENK[0]
-        output_nN = self._input_nK @ error_NK.T
-        cost_N = (self._weight_nN * output_nN.square()).sum(0) + (error_NK * self._spread(error_NK)).sum(1)
-        return cost_N[None]
+        output_EnN = self._input_EnK @ error_ENK.mT
+        cost_EN = (self._weight_EnN * output_EnN.square()).sum(1)
+        return cost_EN + (error_ENK * (self._spread(error_ENK) + 2 * self._lean_ENK)).sum(-1)
 
     def order(self) -> Tensor:
-        return torch.argsort(self._plain_KK.diagonal(), descending=True, stable=True)
+        return torch.argsort(self._plain_EKK.diagonal(dim1=1, dim2=2).mean(0), descending=True, stable=True)
 
     def curvature(self, index_B: Tensor) -> Tensor:
-        first = int(index_B[0])
-        if first not in self._curvatures:
-            self._curvatures[first] = self._curvature(index_B)
-        return self._curvatures[first]
+        input_EnB = self._inputs.columns(index_B)
+        weighted_EnNB = self._weight_EnN[..., None] * input_EnB[:, :, None]
+        curve_ENBB = (weighted_EnNB.flatten(2).mT @ input_EnB).unflatten(1, (-1, len(index_B)))
+        curve_ENBB += self._plain_EKK[:, None, index_B][..., index_B]
+        curve_ENBB.diagonal(dim1=2, dim2=3).add_(self._ridge_EN[..., None])
+        return curve_ENBB
 
     def pulls(self, error_ENK: Tensor) -> "GatedPulls":
-        return GatedPulls(self, error_ENK[0])
+        return GatedPulls(self, error_ENK)
 
     def system(self, codes_ENGS: Tensor, weight_ENK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        codes_NGS, weight_NK = codes_ENGS[0], weight_ENK[0]
-        groups, size = codes_NGS.shape[1:]
-        inputs = self._input_nK.split(size, 1)
-        outputs_NGn = torch.stack([codes_NGS[:, g] @ input_nS.T for g, input_nS in enumerate(inputs)], 1)
-        weighted_NGn = outputs_NGn * self._weight_nN.T[rows, None]
-        system_NGG = weighted_NGn @ outputs_NGn.mT
-        wanted_NG = (weighted_NGn @ (weight_NK @ self._input_nK.T)[..., None])[..., 0]
-        wanted_NG += (self._spread(weight_NK, rows).unflatten(1, (groups, size)) * codes_NGS).sum(-1)
+        groups, size = codes_ENGS.shape[2:]
+        inputs = self._input_EnK.split(size, -1)
+        outputs_ENGn = torch.stack([codes_ENGS[:, :, g] @ input_EnS.mT for g, input_EnS in enumerate(inputs)], 2)
+        weighted_ENGn = outputs_ENGn * self._weight_EnN.mT[:, rows, None]
+        system_ENGG = weighted_ENGn @ outputs_ENGn.mT
+        wanted_ENG = (weighted_ENGn @ (weight_ENK @ self._input_EnK.mT)[..., None])[..., 0]
+        rest_ENK = self._spread(weight_ENK, rows) + self._lean_ENK[:, rows]
+        wanted_ENG += (rest_ENK.unflatten(-1, (groups, size)) * codes_ENGS).sum(-1)
         for group in range(groups):
-            spread_NK = codes_NGS[:, group] @ self._plain_KK[group * size : (group + 1) * size]
-            system_NGG[:, group] += (spread_NK.unflatten(1, (groups, size)) * codes_NGS).sum(-1)
-            system_NGG[:, group, group] += self._ridge_N[rows] * codes_NGS[:, group].square().sum(-1)
-        return system_NGG[None], wanted_NG[None]
+            spread_ENK = codes_ENGS[:, :, group] @ self._plain_EKK[:, group * size : (group + 1) * size]
+            system_ENGG[:, :, group] += (spread_ENK.unflatten(-1, (groups, size)) * codes_ENGS).sum(-1)
+            system_ENGG[:, :, group, group] += self._ridge_EN[:, rows] * codes_ENGS[:, :, group].square().sum(-1)
+        return system_ENGG, wanted_ENG
 
-    def _spread(self, error_NK: Tensor, rows: slice = slice(None)) -> Tensor:
+    def _spread(self, error_ENK: Tensor, rows: slice = slice(None)) -> Tensor:
         """Errors times all of H but what the tokens weigh."""
-        return error_NK @ self._plain_KK + self._ridge_N[rows, None] * error_NK
-
-    def _curvature(self, index_B: Tensor) -> Tensor:
-        # One product for all rows: that of the weights with every product of two columns.
-        first_P, second_P = torch.triu_indices(len(index_B), len(index_B))
-        input_nB = self._input_nK[:, index_B]
-        curve_NP = self._weight_nN.T @ (input_nB[:, first_P] * input_nB[:, second_P])
-        curve_NBB = self._plain_KK[index_B][:, index_B].expand(len(curve_NP), -1, -1).clone()
-        curve_NBB[:, first_P, second_P] += curve_NP
-        curve_NBB[:, second_P, first_P] += torch.where(first_P == second_P, 0.0, curve_NP)
-        curve_NBB.diagonal(dim1=1, dim2=2).add_(self._ridge_N[:, None])
-        return curve_NBB[None]
+        return error_ENK @ self._plain_EKK + self._ridge_EN[:, rows, None] * error_ENK
 
 
 class GatedPulls(Pulls):
-    def __init__(self, objective: Gated, error_NK: Tensor):
+    def __init__(self, objective: Gated, error_ENK: Tensor):
         self._of = objective
-        self._output_nN = objective._input_nK @ error_NK.T
-        self._spread_NK = objective._spread(error_NK)
+        self._output_EnN = objective._input_EnK @ error_ENK.mT
+        self._rest_ENK = objective._spread(error_ENK) + objective._lean_ENK
 
     def read(self, index_B: Tensor) -> Tensor:
-        pull_NB = (self._of._weight_nN * self._output_nN).T @ self._of._input_nK[:, index_B]
-        return (pull_NB + self._spread_NK[:, index_B])[None]
+        pull_ENB = (self._of._weight_EnN * self._output_EnN).mT @ self._of._inputs.columns(index_B)
+        return pull_ENB + self._rest_ENK[..., index_B]
 
     def move(self, index_B: Tensor, change_ENB: Tensor) -> None:
-        change_NB = change_ENB[0]
-        self._output_nN += self._of._input_nK[:, index_B] @ change_NB.T
-        self._spread_NK += change_NB @ self._of._plain_KK[index_B]
-        self._spread_NK[:, index_B] += self._of._ridge_N[:, None] * change_NB
+        self._output_EnN += self._of._inputs.columns(index_B) @ change_ENB.mT
+        self._rest_ENK += change_ENB @ self._of._plain_EKK[:, index_B]
+        self._rest_ENK[..., index_B] += self._of._ridge_EN[..., None] * change_ENB

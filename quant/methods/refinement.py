@@ -88,7 +88,7 @@ def _fit(weight_ENK: Tensor, codes_ENK: Tensor, scale_ENG: Tensor, objective: Ob
     return torch.where(change_ENG.isfinite(), scale_ENG + change_ENG, scale_ENG)
 
 
-def take(parameters: Parameters, layers: slice, rows: slice) -> Parameters:
+def take(parameters: Parameters, layers: slice | Tensor, rows: slice) -> Parameters:
     """The parameters of some rows of some layers."""
     zero = None if parameters.zero_NG is None else parameters.zero_NG[layers, rows]
     return Parameters(parameters.scale_NG[layers, rows], zero)
