@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = pool.run(study, command=cli.command_line("sweeps", argv))
         print(f"\n{result.table()}\n\nreport: {study.home / 'report.html'}")
-        if result.best is None:
+        if result.best is None and result.trials:
             why = next((f" ({trial.why}, for one)" for trial in result.trials if trial.why), "")
             raise NumericalError(
                 f"{study.name}: no trial is complete, so there is no best one{why}; mend the base, or search elsewhere"

@@ -3,7 +3,8 @@
     python sweeps/guard.py LOCK command ...          (started by sweeps.trial, which holds its stdin open)
 
 When stdin closes, because the worker stopped the trial or died, every process of the command gets SIGTERM, and SIGKILL
-30 s later. Holds LOCK meanwhile: whoever goes on with the same run waits until this one is gone. Standard library only.
+30 s later. Holds LOCK meanwhile, and names the command's session in it: whoever goes on with the same run waits until
+this one is gone, and ends what a guard that was killed left behind. Standard library only.
 """
 
 import contextlib
@@ -21,15 +22,20 @@ GLANCE_S = 0.1
 
 def main(lock: str, command: list[str]) -> int:
     """Run the command; returns its exit code, negative for a signal."""
-    with open(lock, "a") as file:
+    with open(lock, "a+") as file:
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if _closed(GLANCE_S):
                 return 75
+        file.seek(0)
+        end_left(file.read())
         # A session of its own holds the launcher and every rank it starts.
         child = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+        file.truncate(0)
+        file.write(mark_of(child.pid))
+        file.flush()
         stopping: float | None = None
         while child.poll() is None:
             if stopping is None and _closed(GLANCE_S):
@@ -43,16 +49,45 @@ def main(lock: str, command: list[str]) -> int:
         return child.returncode
 
 
-def signal_session(session: int, number: int) -> None:
-    """Send a signal to every process of a session, whatever group it moved to."""
+def mark_of(session: int) -> str:
+    """What tells a session from any other, of another start of the machine too."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    started = [fields[19] for pid, fields in processes() if pid == session]
+    return f"{boot} {session} {''.join(started)}"
+
+
+def end_left(mark: str) -> None:
+    """End the session that a mark names, if any of it lives: SIGTERM, and SIGKILL 30 s later."""
+    words = mark.split()
+    if len(words) != 3:
+        return
+    session, leader = int(words[1]), mark_of(int(words[1]))
+    if leader not in (mark, f"{words[0]} {session} "):  # another machine's start, or another process of that number
+        return
+    stopping, number = time.monotonic(), signal.SIGTERM
+    while signal_session(session, number):
+        time.sleep(GLANCE_S)
+        number = signal.SIGKILL if time.monotonic() - stopping > GRACE_S else 0
+
+
+def signal_session(session: int, number: int) -> int:
+    """Send a signal to every process of a session, whatever group it moved to; how many there are."""
+    found = [pid for pid, fields in processes() if int(fields[3]) == session and fields[0] != "Z"]
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return len(found)
+
+
+def processes() -> list[tuple[int, list[str]]]:
+    """Every process of the machine, and the fields of its /proc/PID/stat from the state on."""
+    found = []
     for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{name}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                os.kill(int(name), number)
+        if name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                found.append((int(name), file.read().rpartition(")")[2].split()))
+    return [(pid, fields) for pid, fields in found if fields]
 
 
 def _closed(wait_s: float) -> bool:

@@ -7,13 +7,14 @@ final(run_folder, "evals/scout-int4/bytes_on_disk")
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, first_line
 
-LARGEST = 1e100
+LARGEST, LARGEST_STEP = 1e100, 2**31  # the latter is a database's
 
 
 class MetricsStream:
@@ -44,7 +45,7 @@ class MetricsStream:
                 record = _record(self._path, line)
                 step = int(record["step"]) - self._head_start
                 if _is_number(record.get(metric)) and step > 0:
-                    yield step, float(record[metric])
+                    yield step, _float(record[metric])
 
 
 def final(folder: Path, metric: str) -> float:
@@ -59,7 +60,7 @@ def final(folder: Path, metric: str) -> float:
         known = {key: value for line in lines for key, value in _record(path, line).items()}
     value = known.get(metric)
     if _is_number(value):
-        return float(value)
+        return _float(value)
     numbers = [key for key, value in known.items() if _is_number(value) and key != "step"]
     near = difflib.get_close_matches(metric, numbers, n=3, cutoff=0.3) or numbers[:3]
     mend = f"it has {', '.join(near)}" if near else "it reported no number at all"
@@ -75,14 +76,23 @@ def _record(path: Path, line: bytes) -> dict[str, Any]:
     """A line of the stream. ConfigError when a program of the user's own wrote something else."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    step = record.get("step") if isinstance(record, dict) else None
+    if not isinstance(step, int) or abs(step) >= LARGEST_STEP:
         text = line.decode(errors="replace").strip()[:80]
         raise ConfigError(
             f'{path}: a line is no JSON object with a whole "step": {text}; write {{"step": 1, "NAME": 0.5}}'
         )
     return record
+
+
+def _float(value: int | float) -> float:
+    """Whole numbers of any size included."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _is_number(value: Any) -> bool:
@@ -98,4 +108,11 @@ def _evaluated(folder: Path) -> dict[str, Any]:
 def mlflow_run(folder: Path) -> str | None:
     """The MLflow id of a run folder's main run, where it has reached a store."""
     path = folder / "mlflow.json"
-    return json.loads(path.read_text()).get("runs", {}).get("main") if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())["runs"]["main"]
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ConfigError(
+            f'{path}: is not {{"runs": {{"main": ID}}}} ({first_line(error)}); write that, or nothing'
+        ) from None

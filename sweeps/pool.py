@@ -4,6 +4,7 @@ result = run(study, workers=2)
 """
 
 import multiprocessing
+import signal
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -44,6 +45,9 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
         crew = Crew(study, base, Ledger(optuna_study, study.trials), deadline)
         try:
             crew.work(stop)
+            if crew.is_late and crew.ledger.open():
+                ended = f"{len(crew.ledger.ended())} of {study.trials} trials have ended"
+                print(f"budget.hours = {study.budget.hours:g} are over: {ended}; give it more to go on", flush=True)
             with closing(optuna_study) as beat:
                 if beat is None:
                     print(f"another command repeats the best trial of {study.name} and writes its report", flush=True)
@@ -69,6 +73,11 @@ class Crew:
         self.context = multiprocessing.get_context("spawn")
         self.at_work: dict[int, tuple[BaseProcess, Connection]] = {}
 
+    @property
+    def is_late(self) -> bool:
+        """Whether no trial may start any more."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def work(self, stop: Stop) -> None:
         """Return when no trial is left to run here. Raises what a worker raised, or Interrupted."""
         try:
@@ -89,7 +98,10 @@ class Crew:
         answers, theirs = self.context.Pipe(duplex=False)
         arguments = (self.study, self.base, slot, self.deadline, theirs)
         process = self.context.Process(target=worker.work, args=arguments, name=f"worker-{slot.number}")
+        # Ctrl-C reaches the whole terminal: a worker holds it back from its first moment, and the command decides.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
         theirs.close()
         return process, answers
 
@@ -97,11 +109,11 @@ class Crew:
         """Take in what workers answered; the slots whose worker died and whose place is to be filled."""
         died = []
         for number, (process, answers) in list(self.at_work.items()):
-            if process.is_alive():
+            if process.is_alive() and not answers.poll():
                 continue
+            answer = _received(answers)
             process.join()
             del self.at_work[number]
-            answer = _received(answers)
             if answer == "nothing" and process.exitcode == 1:
                 raise RuntimeError(f"{process.name} failed; its traceback is above")
             if answer in ("nothing", worker.SENT_AWAY):

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from herd.run import config_text
 from herd.run.section import Section
 
+MOST_POINTS = 1_000_000
+
 
 class Range(Section):
     low: float | int
@@ -62,6 +64,8 @@ class Range(Section):
             raise ValueError(
                 f"step = {self.step} leads beyond high = {self.high} at once; use {self.high - self.low:g} or less"
             )
+        if self.step is not None and (self.high - self.low) / self.step > MOST_POINTS:
+            raise ValueError(f"step = {self.step} makes more than {MOST_POINTS} values; use a larger one, or none")
         if self.step is not None and self.whole and self.step != int(self.step):
             raise ValueError(
                 f"step = {self.step} between whole numbers; write low and high with a point, or a whole step"

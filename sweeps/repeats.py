@@ -12,12 +12,12 @@ from typing import Any
 import optuna
 from scipy.stats import t as student_t
 
-from herd.run.errors import ENVIRONMENT, Interrupted
+from herd.run.errors import ENVIRONMENT, ConfigError, Interrupted
 from sweeps import metrics, results, tracking
 from sweeps.settings import Study
 from sweeps.stopping import Stop
 from sweeps.trial import Slot, TrialRun
-from sweeps.worker import TrialsFail
+from sweeps.worker import TrialsFail, setting_aside
 
 FIRST_SEED = 1000  # beyond any seed the trials used
 CONFIDENCE = 0.95
@@ -43,8 +43,8 @@ def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop,
     }
     facts = {"sweep.study": study.name}
     tags = {arm: tracking.run_tags(optuna_study, facts | {"sweep.repeat": arm}) for arm in arms}
-    run_missing(runs, slots, stop, beat, tags)
     metric = study.objectives[0].metric
+    run_missing(runs, metric, slots, stop, beat, tags)
     values = {arm: [_value(runs[arm, seed], metric) for seed in seeds] for arm in arms}
     optuna_study.set_user_attr(
         results.REPEATS, {"trial": best.number, "seeds": seeds, "metric": metric, **paired(values)}
@@ -53,6 +53,7 @@ def run(study: Study, optuna_study: optuna.Study, slots: list[Slot], stop: Stop,
 
 def run_missing(
     runs: dict[Key, TrialRun],
+    metric: str,
     slots: list[Slot],
     stop: Stop,
     beat: Callable[[], None],
@@ -74,7 +75,7 @@ def run_missing(
             for number, (one, until) in list(running.items()):
                 if one.code() is not None:
                     del running[number]
-                    _take(one)
+                    _take(one, metric)
                 elif time.monotonic() > until:
                     del running[number]
                     one.stop()
@@ -88,11 +89,17 @@ def run_missing(
             one.stop()
 
 
-def _take(ended: TrialRun) -> None:
+def _take(ended: TrialRun, metric: str) -> None:
     code, name = ended.code(), ended.folder.name
     if code == 0:
-        ended.finish()
-        print(f"{name} has ended", flush=True)
+        try:
+            with setting_aside(ended.study, ended.folder):
+                metrics.final(ended.folder, metric)
+        except ConfigError as error:
+            print(f"{name} is left out: {error}", flush=True)
+        else:
+            ended.finish()
+            print(f"{name} has ended", flush=True)
     elif code == ENVIRONMENT:
         raise TrialsFail(f"{name}: {ended.last_words()} (its log: {ended.log})", ENVIRONMENT)
     else:

@@ -38,7 +38,7 @@ class Result:
     trials: tuple[Trial, ...]
     """Those that count and are over."""
     front: tuple[Trial, ...]
-    """The best trial, or those no other is better than in every objective."""
+    """The best trial, or those no other is better than in every objective, by the first one."""
     repeats: dict[str, Any] | None
     """Paired values of the best and of the defaults over fresh seeds, with the interval of their difference."""
 
@@ -86,7 +86,8 @@ class Result:
             again = [value for value in self.repeats["values"]["best"] if value is not None]
             if again:
                 mean = sum(again) / len(again)
-                lines.append(f"the defaults are the best; {len(again)} fresh seeds give {mean:.5g} on average")
+                where = f" in {self.objectives[0]}" if len(self.objectives) > 1 else ""
+                lines.append(f"the defaults are the best{where}; {len(again)} fresh seeds give {mean:.5g} on average")
         return "\n".join(lines)
 
 
@@ -100,7 +101,8 @@ def read(study: Study, optuna_study: optuna.Study) -> Result:
     elif len(study.objectives) == 1:
         front = [optuna_study.best_trial.number]
     else:
-        front = [trial.number for trial in optuna_study.best_trials]
+        sign = 1 if study.objectives[0].direction == "minimize" else -1
+        front = [trial.number for trial in sorted(optuna_study.best_trials, key=lambda trial: sign * trial.values[0])]
     repeats = optuna_study.user_attrs.get(REPEATS)
     if repeats is not None and repeats["trial"] not in front[:1]:  # a better trial has been found since
         repeats = None

@@ -253,7 +253,11 @@ def fill(kind: type[Filled], tree: dict[str, Any], overrides: Sequence[str], *, 
     for override in overrides:
         _override(tree, override)
     try:
-        return kind.model_validate_json(json.dumps(tree))
+        text = json.dumps(tree)
+    except (TypeError, ValueError, RecursionError) as error:  # YAML knows more, and lists that hold themselves
+        raise ConfigError(f"{where}: holds more than text, numbers, lists and mappings ({error})") from None
+    try:
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(_explain(where, error, kind)) from None
 

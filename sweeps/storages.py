@@ -6,6 +6,7 @@ optuna_study = open_study(study, base)         # ConfigError when one of that na
 import difflib
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from herd.run import config
@@ -35,6 +36,8 @@ from sweeps.trial import set_aside
 
 PATIENCE_S = (1, 2, 4, 8, 15, 30)  # waits between tries, about a minute in all
 FIRST_TRIALS_S, GLANCE_S = 30.0, 0.5  # another command may be putting the first trials in
+DAMAGE = ("malformed", "no such column", "has no column", "Invalid log format")  # as drivers and Optuna put it
+LONGEST_RECORD = 1 << 20  # bytes of a journal's line
 BUSY_S = 60  # SQLite waits so long for another worker's write
 SETTINGS = "settings"
 SQLITE = b"SQLite format 3\x00"
@@ -49,6 +52,8 @@ def open_study(study: Study, base: Config) -> optuna.Study:
     has found something; one that has not, as its base fails, begins anew. EnvironmentFault when it does not answer.
     """
     quiet()
+    if study.storage_url.startswith("journal:"):
+        cut_torn_line(study.storage_file)
     storage = patiently(lambda: open_storage(study.storage_url), study.storage_url)
     wanted = identity(study, base)
     tools = {"sampler": make_sampler(study.sampler), "pruner": make_pruner(study, base)}
@@ -119,6 +124,8 @@ def open_storage(url: str) -> BaseStorage:
 
 def _check_database(file: Path) -> None:
     make_folder(file.absolute().parent, "storage")
+    if file.is_dir():
+        raise ConfigError(f"storage = sqlite:///{file}: a folder; give the name of a file, such as {file / 'study.db'}")
     if file.is_file() and (start := file.open("rb").read(len(SQLITE))) and start != SQLITE:
         raise ConfigError(f"storage = sqlite:///{file}: the file is no SQLite database; give another name")
 
@@ -133,6 +140,23 @@ def _check_journal(file: Path) -> None:
         raise ConfigError(f"storage = journal:{file}: the file is no journal of Optuna's; give another name")
 
 
+def cut_torn_line(journal: Path) -> None:
+    """Take off a last line that was never written to its end: the next one would be written onto it."""
+    if not journal.is_file() or not journal.stat().st_size:
+        return
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        with journal.open("rb+") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - LONGEST_RECORD))
+            _, newline, torn = stream.read().rpartition(b"\n")
+            if torn and (newline or end <= LONGEST_RECORD):
+                stream.truncate(end - len(torn))
+    finally:
+        lock.release()
+
+
 def patiently(call: Callable[[], Answer], url: str) -> Answer:
     """The answer of a call to the storage, tried for about a minute; then EnvironmentFault, DiskFull at once."""
     for wait in (*PATIENCE_S, None):
@@ -141,10 +165,8 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
         except Exception as error:
             if (full := full_disk(error, file_of(url))) is not None:
                 raise full from error
-            if "malformed" in str(error):  # SQLite's word for a file that is cut short or overwritten
-                raise DataError(
-                    f"storage = {shown(url)} is damaged ({_reason(error)}); restore it, or give another"
-                ) from error
+            if (line := damage(error)) is not None:
+                raise DataError(f"storage = {shown(url)} is damaged ({line}); restore it, or give another") from error
             if not _outage(error):
                 raise
             if wait is None:
@@ -153,6 +175,16 @@ def patiently(call: Callable[[], Answer], url: str) -> Answer:
                 ) from error
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def damage(error: BaseException) -> str | None:
+    """The line that says a file holds what neither SQLite nor a journal would have written; None where none does."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    told = [one for one in chain if isinstance(one, json.JSONDecodeError) or any(word in str(one) for word in DAMAGE)]
+    return first_line(told[-1]) if told else None
 
 
 def turn(study: Study) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ from herd.run.ranks import free_port
 from sweeps import guard
 from sweeps.settings import Study
 
+LAST_BYTES, LONGEST_LINE = 1 << 16, 500  # of a log
 STOP_S = guard.GRACE_S + 15.0
 FIXED = ("run.keep_checkpoints=1", "tracking.register_models=false")
 LEAN = "run.ends=trained"  # what follows training is made for evals/ objectives alone, unless the study's `set` asks
@@ -131,11 +132,21 @@ class TrialRun:
 
     def last_words(self) -> str:
         """What the run said last on its log: its error line, where it had one."""
-        if (code := self.code()) is not None and not 0 <= code < 128:
-            return killed(code - 128 if code > 0 else -code)
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        code = self.code()
+        if code and (number := signal_of(code)):
+            return killed(number)
+        with self.log.open("rb") as file:  # a program may have written anything
+            file.seek(max(0, self.log.stat().st_size - LAST_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or [f"exit code {code}, and it said nothing"])[-1].removeprefix("error: ")
+        line = (errors or lines or [f"exit code {code}, and it said nothing"])[-1].removeprefix("error: ")
+        return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+
+
+def signal_of(code: int) -> int | None:
+    """The signal an exit code tells of, as a shell writes it; None for a code of the program's own, such as 255."""
+    number = code - 128 if code > 0 else -code
+    return number if number in signal.valid_signals() else None
 
 
 def _read(stamp: Path) -> Any:

@@ -11,7 +11,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from sweeps import metrics, spaces, storages, tracking
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
 from sweeps.storages import Answer
-from sweeps.trial import Slot, TrialRun, clear_checkpoints, set_aside
+from sweeps.trial import Slot, TrialRun, clear_checkpoints, set_aside, signal_of
 
 GLANCE_S, WATCH_S = 0.25, 1.0
 STOPPED = "stopped"
@@ -55,9 +55,10 @@ class Pruned(Exception):
 class Failed(Exception):
     """A run that ended with an error of its own."""
 
-    def __init__(self, code: int, line: str) -> None:
+    def __init__(self, code: int, line: str, log: Path | None = None) -> None:
         super().__init__(line)
         self.code = code
+        self.log = log
 
 
 @dataclass
@@ -134,7 +135,8 @@ class Worker:
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
             run = TrialRun.of(study, name=one, overrides=overrides, seed=study.seed + index)
             folder = self.follow(trial, run, base, started)
-            found = final_metrics(study, folder)
+            with setting_aside(study, folder):
+                found = {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
             if bad := [f"{metric} = {value}" for metric, value in found.items() if not metrics.usable(value)]:
                 raise Pruned(", ".join(bad))
             rows.append(list(found.values()))
@@ -150,10 +152,11 @@ class Worker:
             list(self.report(trial, self.stream(run, base), set()))
             return run.folder
         run.start(self.slot, self.tags(trial))
-        try:
-            self.watch(trial, run, base, started)
-        finally:
-            run.stop()
+        with setting_aside(self.study, run.folder):
+            try:
+                self.watch(trial, run, base, started)
+            finally:
+                run.stop()
             self.remember_run(trial, run.folder)
         code = run.code()
         if code == 0:
@@ -161,7 +164,7 @@ class Worker:
             return run.folder
         if code == NUMERICAL:
             raise Pruned(run.last_words())
-        raise Failed(code or 0, run.last_words())
+        raise Failed(code or 0, run.last_words(), run.log)
 
     def watch(self, trial: optuna.Trial, run: TrialRun, base: Config, started: float) -> None:
         """Report what the run reaches until it ends. Raises Pruned and Cut while it still runs."""
@@ -210,11 +213,10 @@ class Worker:
     def failed(self, trial: optuna.Trial, error: Failed) -> None:
         """A run that failed by itself: this trial's own fault, or one that all trials would meet."""
         frozen = next(t for t in self.on_storage(self.optuna_study.get_trials) if t.number == trial.number)
-        log = Path(f"{frozen.user_attrs['folder']}.log")
-        line = f"trial {trial.number}: {error}" + (f" (its log: {log})" if log.exists() else "")
+        line = f"trial {trial.number}: {error}" + (f" (its log: {error.log})" if error.log else "")
         if error.code == ENVIRONMENT:
             self.stop_all(line, ENVIRONMENT, trial)
-        from_outside = not 0 < error.code < 128 or error.code == Interrupted.exit_code
+        from_outside = not error.code or signal_of(error.code) or error.code == Interrupted.exit_code
         if from_outside and self.on_storage(lambda: self.ledger.retry(frozen, died=True)):
             return
         ended = self.on_storage(self.ledger.ended)
@@ -274,16 +276,19 @@ class Worker:
         if mine is None:  # it waits again
             return
         word = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[mine.state]
-        numbers = " ".join(f"{value:.4g}" for value in mine.values or ()) or f"{word}: {mine.user_attrs.get('why', '')}"
+        numbers = " ".join(f"{value:.4g}" for value in mine.values or ())
+        if word:  # one that is pruned has its last value for Optuna, which is no result
+            numbers = f"{word}: {mine.user_attrs.get('why', '')}"
         place = f"{len(ended)}/{self.study.trials}"
         words = "  ".join(mine.user_attrs["overrides"])
         print(f"trial {trial.number} ({place})  {numbers}  {seconds:.0f} s  {words}", flush=True)
 
 
-def final_metrics(study: Study, folder: Path) -> dict[str, float]:
-    """The objectives of a run that ended well; ConfigError, and the run set aside, when one was never reported."""
+@contextmanager
+def setting_aside(study: Study, folder: Path) -> Iterator[None]:
+    """A run whose files are not what they should be is set aside: the mended program begins anew."""
     try:
-        return {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
+        yield
     except ConfigError as error:
         raise ConfigError(f"{error}; the run is kept in {set_aside(study.home, [folder])}") from None
 
@@ -298,6 +303,7 @@ def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers
     worker = None
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         worker = Worker(study, base, slot, storages.open_study(study, base), deadline)
         signal.signal(signal.SIGTERM, lambda *_: setattr(worker, "stopping", True))
         worker.work()

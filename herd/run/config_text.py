@@ -75,7 +75,10 @@ class Dumper(yaml.SafeDumper):
 
 def parse(text: str) -> Any:
     """Value of one YAML document. Raises yaml.YAMLError with the line of the fault."""
-    return yaml.load(text, Loader=Loader)
+    try:
+        return yaml.load(text, Loader=Loader)
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings are nested too deeply") from None
 
 
 def write(value: Any) -> str:

@@ -1,8 +1,11 @@
 """Samplers and storages by name, without any run."""
 
+import contextlib
+import json
 import math
 import sqlite3
 import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,3 +157,33 @@ def test_a_full_disk_under_the_storage_is_told_at_once(tmp_path, monkeypatch):
 
     with pytest.raises(DiskFull, match=r"cannot write .*study.db: the disk is full"):
         storages.patiently(write, f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_a_journals_last_line_that_was_torn_is_cut_before_the_next_is_written(tmp_path):
+    study = studies.make(tmp_path, storage=f"journal:{tmp_path / 'study.log'}")
+    base = checks.check(study)
+    storages.open_study(study, base)
+    journal = tmp_path / "study.log"
+    whole = journal.read_bytes()
+    for torn in (b'{"op_code": 4, "study', whole[:-1].rpartition(b"\n")[2][:20]):
+        journal.write_bytes(whole + torn)
+        assert storages.open_study(study, base).user_attrs[storages.SETTINGS]
+        now = journal.read_bytes()  # Optuna notes the asking too
+        assert now.startswith(whole) and all(json.loads(line) for line in now.splitlines())
+    journal.write_bytes(whole[: len(whole) // 2] + b"garbage\n" + whole[len(whole) // 2 :])
+    with pytest.raises(DataError, match=r"study\.log is damaged"):
+        storages.open_study(study, base)
+
+
+def test_a_folder_or_another_programs_database_is_told_at_once(tmp_path):
+    study = studies.make(tmp_path, storage=f"sqlite:///{tmp_path}")
+    with pytest.raises(ConfigError, match="a folder; give the name of a file"):
+        storages.open_study(study, checks.check(study))
+    file = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("create table studies(a)")
+    other = study.model_copy(update={"storage": f"sqlite:///{file}"})
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"other\.db is damaged"):
+        storages.open_study(other, checks.check(study))
+    assert time.monotonic() - started < 30
