@@ -157,7 +157,7 @@ class Worker:
                 self.watch(trial, run, base, started)
             finally:
                 run.stop()
-            self.remember_run(trial, run.folder)
+                self.remember_run(trial, run.folder)
         code = run.code()
         if code == 0:
             run.finish()
