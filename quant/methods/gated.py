@@ -9,6 +9,7 @@ make good those of another, which a layer-wise objective cannot see. E, N, K, G 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -42,10 +43,9 @@ class GatedGptq(Gptq):
                 wanted=[one.weight_ENK[index_E] for one in both],
                 now=[grid.decode(*_chosen(one, index_E, slice(None))).float() for one in both],
             )
-            for _ in range(ROUNDS):
-                for which, one in enumerate(both):
-                    for rows in several.chunks():
-                        _refine_rows(several, which, rows, one, index_E, grid, hessian_EKK[index_E])
+            chunks = list(several.chunks())
+            for _, (which, one), rows in product(range(ROUNDS), enumerate(both), chunks):
+                _refine_rows(several, which, rows, one, index_E, grid, hessian_EKK[index_E])
         return both[0], both[1]
 
 
