@@ -47,7 +47,7 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
             crew.work(stop)
             if crew.is_late and crew.ledger.open():
                 ended = f"{len(crew.ledger.ended())} of {study.trials} trials have ended"
-                print(f"budget.hours = {study.budget.hours:g} are over: {ended}; give it more to go on", flush=True)
+                print(f"budget.hours = {study.budget.hours:g} are over: {ended}; the same command goes on", flush=True)
             with closing(optuna_study) as beat:
                 if beat is None:
                     print(f"another command repeats the best trial of {study.name} and writes its report", flush=True)

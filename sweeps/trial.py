@@ -117,6 +117,7 @@ class TrialRun:
 
     def finish(self) -> None:
         """Note that it ended well, so that it is never run again, and drop its checkpoints."""
+        make_folder(self.folder, "run.folder")  # a program of the user's own may have made none
         write_atomic(self.folder / DONE, json.dumps(self.made_of()) + "\n")
         clear_checkpoints(self.folder)
 

@@ -67,6 +67,7 @@ def test_an_exit_code_that_is_no_signals_is_the_trials_own_failure(tmp_path, cod
             r'a line is no JSON object with a whole "step": \[1, 2\]',
         ),
         ("(folder / 'metrics.jsonl').write_text('[' * 100_000 + '\\n')", r'no JSON object with a whole "step": \[\[\['),
+        ("folder.rmdir()", "a run ended without .*metrics.jsonl; its program must write heldout/scout there"),
         ("report(step=10**23)", 'no JSON object with a whole "step"'),
         ("report(); (folder / 'mlflow.json').write_text('garbage')", r'mlflow.json: is not {"runs": {"main": ID}}'),
         ("report(); (folder / 'mlflow.json').write_text('[]')", r'mlflow.json: is not {"runs": {"main": ID}}'),
