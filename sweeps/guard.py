@@ -53,8 +53,7 @@ def mark_of(session: int) -> str:
     """What tells a session from any other, of another start of the machine too."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    started = [fields[19] for pid, fields in processes() if pid == session]
-    return f"{boot} {session} {''.join(started)}"
+    return f"{boot} {session} {''.join(fields_of(session)[19:20])}"
 
 
 def end_left(mark: str) -> None:
@@ -73,21 +72,19 @@ def end_left(mark: str) -> None:
 
 def signal_session(session: int, number: int) -> int:
     """Send a signal to every process of a session, whatever group it moved to; how many there are."""
-    found = [pid for pid, fields in processes() if int(fields[3]) == session and fields[0] != "Z"]
+    of_all = {int(name): fields_of(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
+    found = [pid for pid, fields in of_all.items() if fields and int(fields[3]) == session and fields[0] != "Z"]
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     return len(found)
 
 
-def processes() -> list[tuple[int, list[str]]]:
-    """Every process of the machine, and the fields of its /proc/PID/stat from the state on."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-                found.append((int(name), file.read().rpartition(")")[2].split()))
-    return [(pid, fields) for pid, fields in found if fields]
+def fields_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none of a process that is no more."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+    return []
 
 
 def _closed(wait_s: float) -> bool:

@@ -111,8 +111,8 @@ def mlflow_run(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())["runs"]["main"]
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        return json.loads(path.read_text()).get("runs", {}).get("main")  # none yet in a run cut off early
+    except (ValueError, AttributeError, OSError) as error:
         raise ConfigError(
             f'{path}: is not {{"runs": {{"main": ID}}}} ({first_line(error)}); write that, or nothing'
         ) from None

@@ -3,9 +3,11 @@
 result = run(study, workers=2)
 """
 
+import math
 import multiprocessing
 import signal
 import time
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -41,11 +43,11 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
     write_atomic(study.base_copy, study.base.read_bytes())
     optuna_study.set_user_attr(worker.STOPPED, None)
     with tracking.of_study(study, base, optuna_study) as tracker, stop_signals() as stop:
-        deadline = None if study.budget.hours is None else time.monotonic() + 3600 * study.budget.hours
+        deadline = time.monotonic() + 3600 * (study.budget.hours or math.inf)
         crew = Crew(study, base, Ledger(optuna_study, study.trials), deadline)
         try:
             crew.work(stop)
-            if crew.is_late and crew.ledger.open():
+            if time.monotonic() > deadline and crew.ledger.open():
                 ended = f"{len(crew.ledger.ended())} of {study.trials} trials have ended"
                 print(f"budget.hours = {study.budget.hours:g} are over: {ended}; the same command goes on", flush=True)
             with closing(optuna_study) as beat:
@@ -66,17 +68,12 @@ def run(study: Study, *, workers: int | None = None, command: str | None = None)
 class Crew:
     """The workers of one machine, one a slot, replaced when they die."""
 
-    def __init__(self, study: Study, base: Config, ledger: Ledger, deadline: float | None) -> None:
+    def __init__(self, study: Study, base: Config, ledger: Ledger, deadline: float) -> None:
         self.study, self.base, self.ledger, self.deadline = study, base, ledger, deadline
         self.slots = slots(study, accelerators())
         self.deaths = 0
         self.context = multiprocessing.get_context("spawn")
         self.at_work: dict[int, tuple[BaseProcess, Connection]] = {}
-
-    @property
-    def is_late(self) -> bool:
-        """Whether no trial may start any more."""
-        return self.deadline is not None and time.monotonic() > self.deadline
 
     def work(self, stop: Stop) -> None:
         """Return when no trial is left to run here. Raises what a worker raised, or Interrupted."""
@@ -99,6 +96,7 @@ class Crew:
         arguments = (self.study, self.base, slot, self.deadline, theirs)
         process = self.context.Process(target=worker.work, args=arguments, name=f"worker-{slot.number}")
         # Ctrl-C reaches the whole terminal: a worker holds it back from its first moment, and the command decides.
+        resource_tracker.ensure_running()  # starting it would let the signal through again
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, old)

@@ -16,8 +16,8 @@ from herd.run.errors import ENVIRONMENT, ConfigError, Interrupted
 from sweeps import metrics, results, tracking
 from sweeps.settings import Study
 from sweeps.stopping import Stop
-from sweeps.trial import Slot, TrialRun
-from sweeps.worker import TrialsFail, setting_aside
+from sweeps.trial import Slot, TrialRun, setting_aside
+from sweeps.worker import TrialsFail
 
 FIRST_SEED = 1000  # beyond any seed the trials used
 CONFIDENCE = 0.95
@@ -93,7 +93,7 @@ def _take(ended: TrialRun, metric: str) -> None:
     code, name = ended.code(), ended.folder.name
     if code == 0:
         try:
-            with setting_aside(ended.study, ended.folder):
+            with setting_aside(ended):
                 metrics.final(ended.folder, metric)
         except ConfigError as error:
             print(f"{name} is left out: {error}", flush=True)

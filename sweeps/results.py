@@ -96,19 +96,19 @@ def read(study: Study, optuna_study: optuna.Study) -> Result:
     ended = Ledger(optuna_study, study.trials).ended()
     trials = {trial.number: _trial(trial) for trial in ended}
     complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    signs = tuple(1 if objective.direction == "minimize" else -1 for objective in study.objectives)
     if not complete:
         front = []
     elif len(study.objectives) == 1:
         front = [optuna_study.best_trial.number]
     else:
-        sign = 1 if study.objectives[0].direction == "minimize" else -1
-        front = [trial.number for trial in sorted(optuna_study.best_trials, key=lambda trial: sign * trial.values[0])]
+        front = [trial.number for trial in sorted(optuna_study.best_trials, key=lambda one: signs[0] * one.values[0])]
     repeats = optuna_study.user_attrs.get(REPEATS)
     if repeats is not None and repeats["trial"] not in front[:1]:  # a better trial has been found since
         repeats = None
     return Result(
         objectives=tuple(objective.metric for objective in study.objectives),
-        signs=tuple(1 if objective.direction == "minimize" else -1 for objective in study.objectives),
+        signs=signs,
         trials=tuple(trials.values()),
         front=tuple(trials[number] for number in front),
         repeats=repeats,

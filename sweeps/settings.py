@@ -252,12 +252,10 @@ def fill(kind: type[Filled], tree: dict[str, Any], overrides: Sequence[str], *, 
     """A tree with `KEY=VALUE` overrides as a section of that kind; ConfigError, one line a fault."""
     for override in overrides:
         _override(tree, override)
+    if lines := [line for _, line in config_faults.plain_faults(tree)]:
+        raise ConfigError(f"{where}: {lines[0]}")
     try:
-        text = json.dumps(tree)
-    except (TypeError, ValueError, RecursionError) as error:  # YAML knows more, and lists that hold themselves
-        raise ConfigError(f"{where}: holds more than text, numbers, lists and mappings ({error})") from None
-    try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(_explain(where, error, kind)) from None
 

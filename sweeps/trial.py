@@ -12,14 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from herd.run import config
+from herd.run.errors import ConfigError
 from herd.run.files import write_atomic
 from herd.run.folders import make_folder
 from herd.run.ranks import free_port
@@ -170,6 +171,15 @@ def set_aside(home: Path, runs: Iterable[Path]) -> Path:
     for run in runs:
         run.rename(place / run.name)
     return place
+
+
+@contextmanager
+def setting_aside(run: TrialRun) -> Iterator[None]:
+    """A run whose files are not what they should be is set aside: the mended program begins anew."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the run is kept in {set_aside(run.study.home, [run.folder])}") from None
 
 
 def clear_checkpoints(folder: Path) -> None:

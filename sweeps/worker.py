@@ -1,17 +1,18 @@
 """Takes trials from a study one after another and runs them, until the budget is used or it is told to stop.
 
-    work(study, base, slot, deadline=None)          a process of its own, started by sweeps.pool
+    work(study, base, slot, deadline, answers)          a process of its own, started by sweeps.pool
 
 Every trial ends told: complete, pruned (by the pruner, by its time, by NaN) or failed. One that is cut off waits again.
 """
 
+import math
 import os
 import signal
 import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,7 @@ from sweeps import metrics, spaces, storages, tracking
 from sweeps.ledger import BEAT_S, Ledger
 from sweeps.settings import PRUNERS_ON_STEPS, Study
 from sweeps.storages import Answer
-from sweeps.trial import Slot, TrialRun, clear_checkpoints, set_aside, signal_of
+from sweeps.trial import Slot, TrialRun, clear_checkpoints, setting_aside, signal_of
 
 GLANCE_S, WATCH_S = 0.25, 1.0
 STOPPED = "stopped"
@@ -67,7 +68,7 @@ class Worker:
     base: Config
     slot: Slot
     optuna_study: optuna.Study
-    deadline: float | None = None
+    deadline: float = math.inf
     """time.monotonic() after which no trial starts."""
     stopping: bool = False
     parent: int = field(default_factory=os.getppid)
@@ -82,9 +83,7 @@ class Worker:
             self.check_stop()
             with storages.turn(self.study):  # two that recover at once would make two of a lost trial
                 self.on_storage(self.ledger.recover)
-            if not self.on_storage(self.ledger.open) or (
-                self.deadline is not None and time.monotonic() > self.deadline
-            ):
+            if not self.on_storage(self.ledger.open) or time.monotonic() > self.deadline:
                 return
             if not self.on_storage(self.ledger.room):
                 time.sleep(WATCH_S)  # the last trials run elsewhere, and may be left behind there
@@ -134,9 +133,10 @@ class Worker:
         for index in range(study.seeds):
             one = name if study.seeds == 1 else f"{name}-seed-{study.seed + index}"
             run = TrialRun.of(study, name=one, overrides=overrides, seed=study.seed + index)
-            folder = self.follow(trial, run, base, started)
-            with setting_aside(study, folder):
-                found = {objective.metric: metrics.final(folder, objective.metric) for objective in study.objectives}
+            self.follow(trial, run, base, started)
+            with setting_aside(run):
+                names = [objective.metric for objective in study.objectives]
+                found = {name: metrics.final(run.folder, name) for name in names}
             if bad := [f"{metric} = {value}" for metric, value in found.items() if not metrics.usable(value)]:
                 raise Pruned(", ".join(bad))
             rows.append(list(found.values()))
@@ -146,13 +146,13 @@ class Worker:
                     raise Pruned(f"seed {index + 1} of {study.seeds}")
         return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
-    def follow(self, trial: optuna.Trial, run: TrialRun, base: Config, started: float) -> Path:
-        """Run one training to its end; returns its folder. Raises Pruned, Failed or Cut, with nothing left running."""
+    def follow(self, trial: optuna.Trial, run: TrialRun, base: Config, started: float) -> None:
+        """Run one training to its end. Raises Pruned, Failed or Cut, with nothing left running."""
         if run.is_done():
             list(self.report(trial, self.stream(run, base), set()))
-            return run.folder
+            return
         run.start(self.slot, self.tags(trial))
-        with setting_aside(self.study, run.folder):
+        with setting_aside(run):
             try:
                 self.watch(trial, run, base, started)
             finally:
@@ -161,7 +161,7 @@ class Worker:
         code = run.code()
         if code == 0:
             run.finish()
-            return run.folder
+            return
         if code == NUMERICAL:
             raise Pruned(run.last_words())
         raise Failed(code or 0, run.last_words(), run.log)
@@ -284,21 +284,12 @@ class Worker:
         print(f"trial {trial.number} ({place})  {numbers}  {seconds:.0f} s  {words}", flush=True)
 
 
-@contextmanager
-def setting_aside(study: Study, folder: Path) -> Iterator[None]:
-    """A run whose files are not what they should be is set aside: the mended program begins anew."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{error}; the run is kept in {set_aside(study.home, [folder])}") from None
-
-
 def run_name(trial: optuna.Trial) -> str:
     """What the runs of a trial, and of those it takes the place of, are called."""
     return f"trial-{trial.user_attrs.get('run', trial.number):04d}"
 
 
-def work(study: Study, base: Config, slot: Slot, deadline: float | None, answers: Connection) -> None:
+def work(study: Study, base: Config, slot: Slot, deadline: float, answers: Connection) -> None:
     """Body of a worker process: its error, if any, goes back through the connection `answers`."""
     worker = None
     try:

@@ -24,7 +24,6 @@ ALLOWED = {  # pydantic's error type -> what the field takes; {x} comes from the
     "float_parsing": "a number",
     "bool_parsing": "true or false",
     "float_type": "a number",
-    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text; quote it if it is meant so",
     "path_type": "a path",

@@ -39,6 +39,10 @@ class Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = _by_first_character()
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The whole of it at once, so that a list that holds itself is an error."""
+        return self.construct_object(node, deep=True)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """As SafeLoader's. Raises ConstructorError for a repeated key."""
         seen = set()

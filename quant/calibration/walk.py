@@ -28,7 +28,6 @@ from quant.methods.awq import fold_hessian
 from quant.methods.folds import find_folds
 from quant.methods.method import FeedForward, Method, Rounded, layer_of
 from quant.methods.names import GRID_SCHEMES
-from quant.methods.rtn import Rtn
 from quant.methods.targets import corrected
 from quant.plans import Layer, Plan
 from quant.schemes import Scheme
@@ -171,22 +170,25 @@ class Block:
 
     def _round(self, names: Sequence[str], moments: Moments) -> None:
         method = self._walk._method
-        rounded: dict[tuple[str, ...], Rounded] = {}
-        hessians: dict[tuple[str, ...], Tensor] = {}
-        for stack in stacks([name for name in names if moments.tokens.get(input_key(name))], self._layers):
+        held: dict[tuple[str, ...], Rounded] = {}
+        for stack in stacks(names, self._layers, moments.tokens):
+            scheme = self._layers[stack[0]].scheme
+            if not moments.tokens.get(input_key(stack[0])) or scheme.name not in GRID_SCHEMES:  # to nearest
+                self._keep({name: scheme.compress(self._part(name).weight.data) for name in stack}, scheme)
+                continue
             columns = self._layers[stack[0]].shape[1]
             hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
             weight_ENK = torch.stack([self._weight(name) for name in stack])
             if method.corrects:
                 shift_EKK = torch.stack([moments.shift(input_key(name), columns) for name in stack])
                 weight_ENK = corrected(weight_ENK, hessian_EKK, shift_EKK)
-            self._choose(tuple(stack), weight_ENK, method, hessian_EKK, rounded)
-            hessians[tuple(stack)] = hessian_EKK
-        if method.samples_inputs:
-            self._refine(rounded, hessians, moments)
-        for stack in stacks([name for name in names if not moments.tokens.get(input_key(name))], self._layers):
-            self._choose(tuple(stack), torch.stack([self._weight(name) for name in stack]), Rtn(), None, rounded)
-        for stack, chosen in rounded.items():
+            chosen = Rounded(weight_ENK, hessian_EKK, *method.round(weight_ENK, scheme.grid, hessian_EKK))
+            if method.samples_inputs:
+                held[tuple(stack)] = chosen
+            else:
+                self._settle(stack, chosen)
+        self._refine(held, moments)
+        for stack, chosen in held.items():
             self._settle(stack, chosen)
         for name in names:
             key = input_key(name)
@@ -194,24 +196,7 @@ class Block:
             kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
             self.inputs[key] = {"tokens": tokens, "treatment": kind}
 
-    def _choose(
-        self,
-        stack: tuple[str, ...],
-        weight_ENK: Tensor,
-        method: Method,
-        hessian_EKK: Tensor | None,
-        rounded: dict[tuple[str, ...], Rounded],
-    ) -> None:
-        """Codes of a stack into `rounded`; one of several schemes that has no grid is settled at once, to nearest."""
-        scheme = self._layers[stack[0]].scheme
-        if scheme.name in GRID_SCHEMES:
-            rounded[stack] = Rounded(weight_ENK, *method.round(weight_ENK, scheme.grid, hessian_EKK))
-        else:
-            self._keep({name: scheme.compress(self._part(name).weight.data) for name in stack}, scheme)
-
-    def _refine(
-        self, rounded: dict[tuple[str, ...], Rounded], hessians: Mapping[tuple[str, ...], Tensor], moments: Moments
-    ) -> None:
+    def _refine(self, rounded: dict[tuple[str, ...], Rounded], moments: Moments) -> None:
         """Make the codes of gates and of their up projections better, with the inputs that were kept."""
         gate, up = PAIR
         for stack in [stack for stack in rounded if stack[0].endswith(f".{gate}")]:
@@ -219,9 +204,8 @@ class Block:
             if other in rounded and all(input_key(name) in moments.kept for name in stack):
                 parts = [self._feed_forward(name.removesuffix(f".{gate}"), moments) for name in stack]
                 grid = self._layers[stack[0]].scheme.grid
-                rounded[stack], rounded[other] = self._walk._method.refine(
-                    rounded[stack], rounded[other], grid, hessians[stack], parts
-                )
+                pair = self._walk._method.refine(rounded[stack], rounded[other], grid, parts)
+                rounded[stack], rounded[other] = pair
 
     def _feed_forward(self, parent: str, moments: Moments) -> FeedForward:
         gate, up, down = (self._part(f"{parent}.{leaf}") for leaf in (*PAIR, "down_proj"))
@@ -252,7 +236,7 @@ class Block:
             names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self._layers]
             consumers = []
             measured = [name for name in names if moments.tokens.get(input_key(name))]
-            for stack in stacks(measured, self._layers):
+            for stack in stacks(measured, self._layers, moments.tokens):
                 columns = self._layers[stack[0]].shape[1]
                 hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
                 tokens_E = torch.tensor([float(moments.tokens[input_key(name)]) for name in stack])
@@ -306,10 +290,11 @@ def working_bytes(layer: Layer, method: Method) -> int:
     return method.working_bytes(most_tokens(columns), rows, columns) if refined else 0
 
 
-def stacks(names: Iterable[str], layers: dict[str, Layer]) -> Iterator[list[str]]:
-    """Names of one leaf, one shape and one scheme, which are quantised together."""
-    alike: dict[tuple[str, tuple[int, int], bool, Scheme], list[str]] = {}
+def stacks(names: Iterable[str], layers: dict[str, Layer], tokens: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names of one leaf, one shape and one scheme, which are quantised together; those that met no token apart."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
-        kind = (name.rpartition(".")[2], layers[name].shape, bank_of(name) is not None, layers[name].scheme)
+        met = tokens.get(input_key(name), 0) > 0
+        kind = (met, name.rpartition(".")[2], layers[name].shape, bank_of(name) is not None, layers[name].scheme)
         alike.setdefault(kind, []).append(name)
     yield from alike.values()

@@ -1,14 +1,14 @@
 """GPTQ whose gate and up projections are then refined by what their errors do to the output of the whole part.
 
     method = GatedGptq();  codes_ENK, parameters = method.round(weight_ENK, grid, hessian_EKK)
-    gate, up = method.refine(gate, up, grid, hessian_EKK, parts)                   # quant.methods.method.Rounded
+    gate, up = method.refine(gate, up, grid, parts)                   # quant.methods.method.Rounded
 
 A few rows at a time, gates and ups by turns, each given all others as they are now (`feed_forward`): errors of one row
 make good those of another, which a layer-wise objective cannot see. E, N, K, G as in `method`, R rows of a chunk.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -32,9 +32,7 @@ class GatedGptq(Gptq):
     def working_bytes(self, tokens: int, rows: int, columns: int) -> int:
         return max(BATCH_BYTES, state_bytes(tokens, rows, columns))
 
-    def refine(
-        self, gate: Rounded, up: Rounded, grid: Grid, hessian_EKK: Tensor, parts: Sequence[FeedForward]
-    ) -> tuple[Rounded, Rounded]:
+    def refine(self, gate: Rounded, up: Rounded, grid: Grid, parts: Sequence[FeedForward]) -> tuple[Rounded, Rounded]:
         """Codes that `round` chose made better. On the sampled inputs no part's output is further off than before."""
         both = [_copy(gate), _copy(up)]
         for index_E in batches(parts):
@@ -45,16 +43,14 @@ class GatedGptq(Gptq):
             )
             chunks = list(several.chunks())
             for _, (which, one), rows in product(range(ROUNDS), enumerate(both), chunks):
-                _refine_rows(several, which, rows, one, index_E, grid, hessian_EKK[index_E])
+                _refine_rows(several, which, rows, one, index_E, grid)
         return both[0], both[1]
 
 
-def _refine_rows(
-    several: FeedForwards, which: int, rows: slice, one: Rounded, index_E: Tensor, grid: Grid, hessian_EKK: Tensor
-) -> None:
+def _refine_rows(several: FeedForwards, which: int, rows: slice, one: Rounded, index_E: Tensor, grid: Grid) -> None:
     """Scales and codes of some rows of some layers, written into `one`."""
     codes_ERK, parameters = _chosen(one, index_E, rows)
-    objective = several.objective(which, rows, hessian_EKK)
+    objective = several.objective(which, rows, one.hessian_EKK[index_E])
     found_ERK, found = refine(one.weight_ENK[index_E, rows], codes_ERK, parameters, objective, grid, rounds=1)
     better_E = several.put(which, rows, grid.decode(found_ERK, found).float())
     one.codes_ENK[index_E[better_E], rows] = found_ERK[better_E]
@@ -67,9 +63,8 @@ def _chosen(one: Rounded, index_E: Tensor, rows: slice) -> tuple[Tensor, Paramet
 
 def _copy(one: Rounded) -> Rounded:
     """With codes and scales that may be written to."""
-    return Rounded(
-        one.weight_ENK, one.codes_ENK.clone(), Parameters(one.parameters.scale_NG.clone(), one.parameters.zero_NG)
-    )
+    parameters = Parameters(one.parameters.scale_NG.clone(), one.parameters.zero_NG)
+    return replace(one, codes_ENK=one.codes_ENK.clone(), parameters=parameters)
 
 
 def batches(parts: Sequence[FeedForward]) -> Iterator[Tensor]:

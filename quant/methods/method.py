@@ -18,9 +18,10 @@ from quant.formats.grid import Grid, Parameters
 
 @dataclass(frozen=True)
 class Rounded:
-    """Layers of one shape, the weights they aim at and what was chosen for them."""
+    """Layers of one shape: the weights they aim at, the Hessians they were rounded by, and what was chosen for them."""
 
     weight_ENK: Tensor
+    hessian_EKK: Tensor
     codes_ENK: Tensor
     parameters: Parameters
 

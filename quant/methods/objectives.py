@@ -103,14 +103,14 @@ class Inputs:
 
     value_EnK: Tensor
     tokens_E: Tensor
-    _columns: dict[int, Tensor] = field(default_factory=dict)
+    _columns: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def columns(self, index_B: Tensor) -> Tensor:
-        """A block of them [E, n, B]. Blocks come in one order, again and again: they are copied out once."""
-        first = int(index_B[0])
-        if first not in self._columns or self._columns[first].shape[-1] != len(index_B):
-            self._columns[first] = self.value_EnK[..., index_B]
-        return self._columns[first]
+        """A block of them [E, n, B]. The same blocks come again and again: they are copied out once."""
+        block = tuple(index_B.tolist())
+        if block not in self._columns:
+            self._columns[block] = self.value_EnK[..., index_B]
+        return self._columns[block]
 
 
 class Gated(Objective):

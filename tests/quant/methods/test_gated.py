@@ -179,7 +179,7 @@ def test_outputs_of_tokens_never_seen_are_closer_though_nothing_is_correlated(gr
     for seed in range(4):
         mlp = Mlp(seed, tokens=2000, rows=40)
         plain = [rounded(weight_NK, grid, mlp.hessian_KK) for weight_NK in mlp.weights]
-        refined = GatedGptq().refine(*plain, grid, mlp.hessian_KK[None], [mlp.part()])
+        refined = GatedGptq().refine(*plain, grid, [mlp.part()])
         outputs = [mlp.output([values(one, grid)[0] for one in pair]) for pair in (plain, refined)]
         seen = [(one - mlp.output(mlp.weights)).square().mean().item() for one in outputs]
         assert seen[1] < seen[0]
@@ -192,7 +192,7 @@ def test_outputs_of_tokens_never_seen_are_closer_though_nothing_is_correlated(gr
 
 
 def rounded(weight_NK: Tensor, grid: Grid, hessian_KK: Tensor) -> Rounded:
-    return Rounded(weight_NK[None], *Gptq().round(weight_NK[None], grid, hessian_KK[None]))
+    return Rounded(weight_NK[None], hessian_KK[None], *Gptq().round(weight_NK[None], grid, hessian_KK[None]))
 
 
 def values(one: Rounded, grid: Grid) -> Tensor:
@@ -203,12 +203,12 @@ def test_experts_refined_side_by_side_are_experts_refined_one_by_one(monkeypatch
     mlps, grid = [Mlp(0, 50), Mlp(1, 300), Mlp(2, 120)], GRIDS[1]
     hessian_EKK = torch.stack([mlp.hessian_KK for mlp in mlps])
     weights = [torch.stack([mlp.weights[which] for mlp in mlps]) for which in (0, 1)]
-    pair = [Rounded(one, *Gptq().round(one, grid, hessian_EKK)) for one in weights]
+    pair = [Rounded(one, hessian_EKK, *Gptq().round(one, grid, hessian_EKK)) for one in weights]
     monkeypatch.setattr("quant.methods.feed_forward.MOST_ROWS", 1)  # else experts have to agree on a chunk
     monkeypatch.setattr("quant.methods.objectives.Gated.order", lambda self: torch.arange(K))  # and on an order
-    together = GatedGptq().refine(*pair, grid, hessian_EKK, [mlp.part() for mlp in mlps])
+    together = GatedGptq().refine(*pair, grid, [mlp.part() for mlp in mlps])
     monkeypatch.setattr("quant.methods.gated.BATCH_BYTES", 1)
-    apart = GatedGptq().refine(*pair, grid, hessian_EKK, [mlp.part() for mlp in mlps])
+    apart = GatedGptq().refine(*pair, grid, [mlp.part() for mlp in mlps])
     for one, other, start in zip(together, apart, pair, strict=True):
         assert (one.codes_ENK == other.codes_ENK).float().mean() > 0.99  # products of another size round another way
         assert (one.codes_ENK != start.codes_ENK).float().mean() > 0.02
