@@ -123,7 +123,9 @@ def python_of(peer: str) -> Path:
 
 
 def label(model: Path) -> str:
-    """A name of its own for every model: students of two runs may be called the same."""
+    """A name of its own for every model: those of two runs may be called the same."""
+    if model.name == "teacher":
+        return f"{model.parent.name}/teacher"
     return f"{model.parents[1].name}/{model.name}" if model.parent.name == "students" else model.name
 
 
