@@ -3,11 +3,12 @@
     states = Activations(folder, "hidden", shapes)                   # None: in memory
     states.write(0, batches);  for hidden_BTH in states.read(0): ...
 
-A file is whole once `write` returns: it is written under another name, flushed and renamed. bf16 throughout.
+A file is whole once its block ends: it is written under another name, flushed and renamed. bf16 throughout.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,25 @@ class Activations:
 
     def write(self, layer: int, batches: Iterable[Tensor]) -> None:
         """Keep what enters a layer, batch after batch."""
+        with self.writing(layer) as put:
+            for batch in batches:
+                put(batch)
+
+    @contextmanager
+    def writing(self, layer: int) -> Iterator[Callable[[Tensor], None]]:
+        """The same for batches that come one by one."""
         if self._folder is None:
-            self._held[layer] = [batch.to(torch.bfloat16) for batch in batches]
+            batches = self._held[layer] = []
+            yield lambda batch: batches.append(batch.to(torch.bfloat16))
             return
         path = self._path(layer)
         temporary = path.with_suffix(".part")
         with disk_faults(path), temporary.open("wb") as file:
-            for batch in batches:
+
+            def put(batch: Tensor) -> None:
                 file.write(memoryview(batch.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).cast("B"))
+
+            yield put
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -8,8 +8,9 @@ n tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -53,15 +54,15 @@ class Moments:
         self.tokens[key] = self.tokens.get(key, 0) + len(input_nK)
         bank = None if key.endswith(".down_proj") else bank_of(key)
         if summed or bank is not None:
-            square_KK = input_nK.T @ input_nK
+            square_KK = square(input_nK)
         if bank is not None:
             _add(self.banks, bank, square_KK.clone())
             self.bank_tokens[bank] = self.bank_tokens.get(bank, 0) + len(input_nK)
         if summed:
             _add(self.sums, key, square_KK)
             if exact is not None:
-                both_n, exact_nK = _same_tokens(found, exact)
-                _add(self.shifts, key, (exact_nK - input_nK[both_n]).T @ input_nK[both_n])
+                both_nK, exact_nK = _same_tokens(found.rows_n, input_nK, exact)
+                _add(self.shifts, key, (exact_nK - both_nK).T @ both_nK)
 
     def hessian(self, key: str, columns: int) -> Tensor:
         """The mean of x x^T [K, K], fp32, drawn towards a prior worth K tokens where an expert met few.
@@ -91,14 +92,26 @@ class Moments:
         return self.tokens[key] + (columns if blended else 0)
 
 
-def _same_tokens(found: Input, exact: Input) -> tuple[Tensor, Tensor]:
-    """Places in `found` of tokens that `exact` has too, and their values there, fp32."""
-    if found.rows_n is None or exact.rows_n is None:
-        return torch.arange(len(found.value_nK)), exact.value_nK.float()
-    both_n = torch.isin(found.rows_n, exact.rows_n)
-    return both_n.nonzero().squeeze(1), exact.value_nK[torch.isin(exact.rows_n, found.rows_n)].float()
+def square(input_nK: Tensor) -> Tensor:
+    """x^T x [K, K], of whose two equal halves one is worked out."""
+    columns = input_nK.shape[1]
+    square_KK = input_nK.new_empty(columns, columns)
+    for start in range(0, columns, BLOCK):
+        rows_BK = input_nK[:, start : start + BLOCK].T @ input_nK[:, start:]
+        square_KK[start : start + BLOCK, start:] = rows_BK
+        square_KK[start + BLOCK :, start : start + BLOCK] = rows_BK[:, BLOCK:].T
+    return square_KK
 
 
+def _same_tokens(rows_n: Tensor | None, input_nK: Tensor, exact: Input) -> tuple[Tensor, Tensor]:
+    """The inputs of tokens that both models have here, fp32: ours, and the unquantised model's."""
+    if rows_n is None or exact.rows_n is None:
+        return input_nK, exact.value_nK.float()
+    exact_nK = exact.value_nK[torch.isin(exact.rows_n, rows_n)].float()
+    return input_nK[torch.isin(rows_n, exact.rows_n)], exact_nK
+
+
+BLOCK = 128
 FEW = 4  # times K tokens: an expert that met more is taken at its word
 
 
@@ -115,6 +128,8 @@ class Reference:
     batches: Iterable[Tensor]
     unquantised: Callable[[], AbstractContextManager[None]]
     """Puts the unquantised weights into the layer for as long as it is open."""
+    put: Callable[[Tensor], None] | None = None
+    """Takes what leaves the layer there, batch after batch."""
 
 
 @torch.no_grad()
@@ -139,24 +154,46 @@ def measure(
     kept = {input_key(name) for name in names} if summed is None else set(summed)
     prefix = f"{decoder.prefix}.{index}."
     for hidden_BTH, exact_BTH in zip(batches, repeat(None) if reference is None else reference.batches, strict=False):
-        seen = _inputs(decoder, index, layer, hidden_BTH, names, prefix)
+        run = partial(_inputs, decoder, index, layer, names=names, prefix=prefix)
+        seen = run(hidden_BTH)
         exact: dict[str, Input] = {}
         if reference is not None:
             with reference.unquantised():
-                exact = _inputs(decoder, index, layer, exact_BTH, names, prefix)
+                exact = run(exact_BTH, put=reference.put)
         for key, found in seen.items():
             sample = sampled and key in kept and key.endswith("gate_proj")
             moments.add(key, found, exact.get(key), summed=key in kept, sampled=sample)
     return moments
 
 
+class Enough(Exception):
+    """A layer has met all inputs that were asked for: what it makes of them does not matter."""
+
+
 def _inputs(
-    decoder: Decoder, index: int, layer: nn.Module, hidden_BTH: Tensor, names: list[str], prefix: str
-) -> dict[str, "Input"]:
-    """Every input a batch makes, by key."""
+    decoder: Decoder,
+    index: int,
+    layer: nn.Module,
+    hidden_BTH: Tensor,
+    *,
+    names: list[str],
+    prefix: str,
+    put: Callable[[Tensor], None] | None = None,
+) -> dict[str, Input]:
+    """Every input a batch makes, by key. Where nobody takes the layer's output the run ends with the last of them."""
     values: dict[str, Tensor] = {}
-    with watching(layer, prefix, names, values.__setitem__), routing(layer, prefix) as scores:
-        decoder.run(index, layer, hidden_BTH)
+    missing = {input_key(name) for name in names}
+
+    def watch(key: str, value_nK: Tensor) -> None:
+        values[key] = value_nK
+        missing.discard(key)
+        if not missing and put is None:
+            raise Enough
+
+    with watching(layer, prefix, names, watch), routing(layer, prefix) as scores, suppress(Enough):
+        output_BTH = decoder.run(index, layer, hidden_BTH)
+        if put is not None:
+            put(output_BTH)
     return {key: Input(value, _rows(key, scores)) for key, value in values.items()}
 
 

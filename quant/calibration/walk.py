@@ -9,7 +9,7 @@ E layers of one shape, N output channels, K input channels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,9 +79,8 @@ class Walk:
             block.quantise()
             if not last:
                 self._pass_on(index, layer, self._activations)
-                if self._exact is not None:
-                    with block.unquantised():
-                        self._pass_on(index, layer, self._exact)
+                if self._exact is not None and not block.layers:
+                    self._pass_on(index, layer, self._exact)
             self._ledger.add(index, block.tensors, {"inputs": block.inputs})
         for states in self._states():
             states.drop(index)
@@ -102,7 +101,7 @@ class Block:
         self._index = index
         self._module = module
         self._prefix = f"{walk.decoder.prefix}.{index}."
-        self._layers = {layer.name: layer for layer in walk.layers_of(index)}
+        self.layers = {layer.name: layer for layer in walk.layers_of(index)}
         self.tensors: dict[str, Tensor] = {}
         """Stored tensors of the quantised layers, and kept ones that folding changed."""
         self.inputs: dict[str, dict[str, Any]] = {}
@@ -110,44 +109,47 @@ class Block:
         self._rounded: dict[str, Tensor] = {}
 
     def quantise(self) -> None:
-        """Fill `tensors` and `inputs`."""
+        """Fill `tensors` and `inputs`, and pass on what the unquantised layer puts out, where there are layers."""
         method = self._walk._method
-        if method.folds and self._layers:
+        if method.folds and self.layers:
             # Factors move between stages, so that all of them are measured before anything is rounded.
-            moments = self._measure(list(self._layers))
+            moments = self._measure(list(self.layers))
             self.fold(moments)
-            self._round(list(self._layers), moments)
+            self._round(list(self.layers), moments)
             return
-        for names in stages(self._layers):
-            for number, chunk in enumerate(self._chunks(names)):
-                moments = self._measure(names, chunk) if number == 0 else self._more(moments, names, chunk)
-                self._round([name for name in names if input_key(name) in chunk], moments)
+        passes = [(names, chunk) for names in stages(self.layers) for chunk in self._chunks(names)]
+        for at, (names, chunk) in enumerate(passes):
+            first = at == 0 or passes[at - 1][0] is not names
+            chosen = [name for name in names if input_key(name) in chunk]
+            moments = self._measure(names if first else chosen, chunk, last=at + 1 == len(passes))
+            if first:
+                banks = moments.banks, moments.bank_tokens  # of all inputs of the stage
+            moments.banks, moments.bank_tokens = banks
+            self._round(chosen, moments)
+            del moments  # before the next are taken
 
-    def _measure(self, names: Sequence[str], keys: Iterable[str] | None = None) -> Moments:
+    def _measure(self, names: Sequence[str], keys: Iterable[str] | None = None, *, last: bool = False) -> Moments:
         walk, index = self._walk, self._index
-        reference = None if walk._exact is None else Reference(walk._exact.read(index), self.unquantised)
         batches = walk._activations.read(index)
-        sampled = walk._method.samples_inputs
-        return measure(
-            walk.decoder, index, self._module, batches, names, summed=keys, reference=reference, sampled=sampled
-        )
-
-    def _more(self, before: Moments, names: Sequence[str], keys: Sequence[str]) -> Moments:
-        """The sums of further keys, with the banks' sums, which the first pass took of all of them."""
-        moments = self._measure([name for name in names if input_key(name) in keys])
-        moments.banks, moments.bank_tokens = before.banks, before.bank_tokens
-        return moments
+        kind = {"summed": keys, "sampled": walk._method.samples_inputs}
+        if walk._exact is None:
+            return measure(walk.decoder, index, self._module, batches, names, **kind)
+        exact = walk._exact.read(index)
+        passes_on = last and index + 1 < len(walk.decoder)
+        with walk._exact.writing(index + 1) if passes_on else nullcontext() as put:
+            reference = Reference(exact, self.unquantised, put)
+            return measure(walk.decoder, index, self._module, batches, names, reference=reference, **kind)
 
     def _chunks(self, names: Sequence[str]) -> list[list[str]]:
         """Inputs whose Hessians, and the weights they are for, are in memory at one time."""
         bytes_of: dict[str, int] = {}
         for name in names:
-            rows, columns = self._layers[name].shape
+            rows, columns = self.layers[name].shape
             key = input_key(name)
             once = input_bytes(columns, self._walk._method)
             bytes_of[key] = bytes_of.get(key, once) + 4 * WEIGHTS * rows * columns
         chunks: list[list[str]] = [[]]
-        room = self._walk._memory_bytes - max(working_bytes(self._layers[name], self._walk._method) for name in names)
+        room = self._walk._memory_bytes - max(working_bytes(self.layers[name], self._walk._method) for name in names)
         filled = 0
         for key, needed in bytes_of.items():
             if chunks[-1] and filled + needed > room:
@@ -171,12 +173,12 @@ class Block:
     def _round(self, names: Sequence[str], moments: Moments) -> None:
         method = self._walk._method
         held: dict[tuple[str, ...], Rounded] = {}
-        for stack in stacks(names, self._layers, moments.tokens):
-            scheme = self._layers[stack[0]].scheme
+        for stack in stacks(names, self.layers, moments.tokens):
+            scheme = self.layers[stack[0]].scheme
             if not moments.tokens.get(input_key(stack[0])) or scheme.name not in GRID_SCHEMES:  # to nearest
                 self._keep({name: scheme.compress(self._part(name).weight.data) for name in stack}, scheme)
                 continue
-            columns = self._layers[stack[0]].shape[1]
+            columns = self.layers[stack[0]].shape[1]
             hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
             weight_ENK = torch.stack([self._weight(name) for name in stack])
             if method.corrects:
@@ -193,7 +195,7 @@ class Block:
         for name in names:
             key = input_key(name)
             tokens = moments.tokens.get(key, 0)
-            kind = treatment(tokens, self._layers[name].shape[1], expert=bank_of(key) is not None)
+            kind = treatment(tokens, self.layers[name].shape[1], expert=bank_of(key) is not None)
             self.inputs[key] = {"tokens": tokens, "treatment": kind}
 
     def _refine(self, rounded: dict[tuple[str, ...], Rounded], moments: Moments) -> None:
@@ -203,7 +205,7 @@ class Block:
             other = tuple(name.removesuffix(gate) + up for name in stack)
             if other in rounded and all(input_key(name) in moments.kept for name in stack):
                 parts = [self._feed_forward(name.removesuffix(f".{gate}"), moments) for name in stack]
-                grid = self._layers[stack[0]].scheme.grid
+                grid = self.layers[stack[0]].scheme.grid
                 pair = self._walk._method.refine(rounded[stack], rounded[other], grid, parts)
                 rounded[stack], rounded[other] = pair
 
@@ -215,7 +217,7 @@ class Block:
 
     def _settle(self, stack: Sequence[str], chosen: Rounded) -> None:
         """Keep the codes of a stack as they are stored."""
-        scheme = self._layers[stack[0]].scheme
+        scheme = self.layers[stack[0]].scheme
         made = [scheme.store(codes_NK, layer_of(chosen.parameters, at)) for at, codes_NK in enumerate(chosen.codes_ENK)]
         self._keep(dict(zip(stack, made, strict=True)), scheme)
 
@@ -231,13 +233,13 @@ class Block:
         """Move factors into norms and up projections, in the module and in the moments."""
         method = self._walk._method
         grid = self._walk._plan.allocation.schemes[0].grid  # all have the same: mixed allocations are not folded
-        relative = [name.removeprefix(self._prefix) for name in self._layers]
+        relative = [name.removeprefix(self._prefix) for name in self.layers]
         for fold in find_folds([name for name, _ in self._module.named_modules()], relative):
-            names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self._layers]
+            names = [name for leaf in fold.consumers if (name := self._prefix + leaf) in self.layers]
             consumers = []
             measured = [name for name in names if moments.tokens.get(input_key(name))]
-            for stack in stacks(measured, self._layers, moments.tokens):
-                columns = self._layers[stack[0]].shape[1]
+            for stack in stacks(measured, self.layers, moments.tokens):
+                columns = self.layers[stack[0]].shape[1]
                 hessian_EKK = torch.stack([moments.hessian(input_key(name), columns) for name in stack])
                 tokens_E = torch.tensor([float(moments.tokens[input_key(name)]) for name in stack])
                 consumers.append((torch.stack([self._weight(name) for name in stack]), hessian_EKK, tokens_E))
@@ -261,7 +263,7 @@ class Block:
             linear = self._module.get_submodule(name)
             linear.weight.data = (linear.weight.data * factor_K).to(torch.bfloat16)
         for name in (producer, *consumers):
-            if self._prefix + name not in self._layers:
+            if self._prefix + name not in self.layers:
                 changed = self._module.get_submodule(name).state_dict()
                 self.tensors |= {f"{self._prefix}{name}.{leaf}": tensor for leaf, tensor in changed.items()}
 
