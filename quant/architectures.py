@@ -100,9 +100,11 @@ VLLM_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """Name of the model's class; DataError when config.json names none or one transformers lacks."""
+    """Name of the model's class; DataError when config.json names none, one transformers lacks or no decoder of text."""
     names = config.architectures or []
-    if not isinstance(names, list) or len(names) != 1 or not hasattr(transformers, names[0]):
+    known = isinstance(names, list) and len(names) == 1 and getattr(transformers, str(names[0]), None)
+    decodes = isinstance(known, type) and issubclass(known, transformers.GenerationMixin)
+    if not decodes or getattr(config, "is_encoder_decoder", False):
         raise DataError(f"config.json: architectures = {names}; supported: {SUPPORTED}; {ADDING}")
     return names[0]
 

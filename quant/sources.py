@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from herd.run.errors import DataError, first_line
 from herd.run.files import sha256
+from quant.architectures import ADDING, SUPPORTED
 from quant.tensor_files import TensorFiles
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -110,6 +112,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not path.is_file():
         raise DataError(f"{path} does not exist; --model takes a Hugging Face model folder")
     try:
+        kind = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "")
+        if kind and kind not in CONFIG_MAPPING:
+            raise DataError(
+                f"{path}: model_type = {kind!r} is unknown to transformers {transformers.__version__}, whose newer releases "
+                f"may know it; supported: {SUPPORTED}; {ADDING}"
+            )
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:  # which field on one line, what is wrong with it on the next
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error

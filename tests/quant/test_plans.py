@@ -153,6 +153,10 @@ def test_fused_experts_in_matrices_are_refused_and_mambas_decays_are_not():
         ({"num_attention_heads": 7}, "hidden size .64. is not a multiple of the number of attention heads"),
         ({"quantization_config": 5}, "cannot be read: 'int' object"),
         ({"architectures": 7}, "architectures = 7; supported: "),
+        ({"architectures": ["BertModel"]}, r"architectures = \['BertModel'\]; supported: .*to add one"),
+        ({"is_encoder_decoder": True}, "supported: .*to add one"),
+        ({"model_type": "foo"}, "model_type = 'foo' is unknown to transformers .*supported: .*to add one"),
+        ({"model_type": [1]}, "cannot be read"),
     ],
 )
 def test_a_configuration_that_cannot_be_one_is_one_line(folders, tmp_path, change, line):
