@@ -1,6 +1,6 @@
 """Peak memory and bytes a second of `python -m quant` on checkpoints in Llama 4's layout, several times its memory.
 
-    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-2 gptq-4 gptq-8] [--scratch DIR]
+    python benchmarks/streaming.py [--case rtn-8 rtn-34 gptq-2 gptq-4 gptq-8 gated-2 gated-8] [--scratch DIR]
 
 Every case makes a checkpoint of random weights in shards of 2 GB in a temporary folder of --scratch, drops it from the
 page cache, quantises it in a fresh process while /proc is read, and removes everything. Writes results/streaming.json.
@@ -29,15 +29,15 @@ from quant.architectures import build_skeleton
 from quant.calibration.rows import BATCH_TOKENS
 from quant.formats.format import Header
 from quant.memory import total_bytes
+from quant.methods.gated import BATCH_BYTES
 from quant.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
 MEMORY_GB = 0.25
-GPTQ = [
-    *("--method", "gptq", "--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16"),
-    *("--row-tokens", "512", "--memory", str(MEMORY_GB)),
-]
+ROWS = ["--calibration", "stdlib", "--calibration-rows", "16", "--most-rows", "16", "--row-tokens", "512"]
+GPTQ = ["--method", "gptq", *ROWS, "--memory", str(MEMORY_GB)]
+GATED = ["--method", "gptq-gated", *ROWS, "--memory", str(MEMORY_GB + BATCH_BYTES / 1e9)]
 IMPORTS = "import quant.exports, quant.gate_process, quant.quantized, quant.calibration.draw"
 # Decoder layers, hidden size, experts, and what the command is told.
 CASES: dict[str, tuple[int, int, int, list[str]]] = {
@@ -46,6 +46,8 @@ CASES: dict[str, tuple[int, int, int, list[str]]] = {
     "gptq-2": (2, 512, 16, GPTQ),
     "gptq-4": (4, 512, 16, GPTQ),
     "gptq-8": (8, 512, 16, GPTQ),
+    "gated-2": (2, 512, 16, GATED),
+    "gated-8": (8, 512, 16, GATED),
 }
 SHARD_BYTES = 2 * 10**9
 PROBE_BYTES = 1 << 30
@@ -216,7 +218,7 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
         "layer_bytes": layer_bytes(config),
         "export_bytes": written,
         "peak_rss_bytes": {kind: facts["VmHWM"] for kind, facts in watch.peaks.items()},
-        "floor_bytes": floor_bytes(config) if more else {},
+        "floor_bytes": floor_bytes(config, float(more[-1])) if more else {},
         "peak_rss_before_check_bytes": watch.peak_until(done),
         "peak_rss_together_bytes": watch.together,
         "peaks": watch.peaks,
@@ -234,7 +236,7 @@ def run_case(name: str, scratch: Path) -> dict[str, Any]:
     }
 
 
-def floor_bytes(config: Llama4TextConfig) -> dict[str, int]:
+def floor_bytes(config: Llama4TextConfig, memory_gb: float) -> dict[str, int]:
     """What gptq needs: the libraries, a decoder layer quantised and not, Hessians as allowed, a batch twice."""
     code = f"{IMPORTS}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -242,7 +244,7 @@ def floor_bytes(config: Llama4TextConfig) -> dict[str, int]:
     return {
         "libraries": 1024 * int(found.stdout),
         "layers": 2 * layer_bytes(config),
-        "hessians": int(1e9 * MEMORY_GB),
+        "hessians": int(1e9 * memory_gb),
         "batch": 2 * 2 * BATCH_TOKENS * config.hidden_size,
     }
 

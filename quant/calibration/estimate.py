@@ -55,7 +55,7 @@ def foresee(plan: Plan, method: Method, *, rows: int, row_tokens: int, counting:
     streams = 2 if method.corrects else 1
     held = streams * layer_bytes + min(memory_bytes, hessian_bytes) + 64 * BATCH_TOKENS * _width(plan)
     tokens = rows * row_tokens
-    passes = streams * (len(stages(layer.name for layer in plan.layers)) + 1)
+    passes = streams * len(stages(layer.name for layer in plan.layers)) + 1
     share = _active_share(plan)
     forward = 2 * share * plan.all_weights * (tokens * passes + counting * row_tokens)
     solving = 0.0
