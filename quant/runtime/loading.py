@@ -21,6 +21,7 @@ from herd.run.devices import check_device
 from herd.run.errors import DataError, first_line
 from quant import loading as reference
 from quant.architectures import model_class
+from quant.checks import check_files
 from quant.memory import give_back
 from quant.readers import BITSANDBYTES
 from quant.runtime.crossovers import Crossovers
@@ -36,12 +37,17 @@ from quant.units import derive_buffers
 def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = None) -> PreTrainedModel:
     """The compressed model in a folder, in eval mode; DataError when it is not one or cannot be read.
 
+    Files that are no longer those its gate.json was written for are refused (1.7 GB are read a second to know).
+
     On a CPU the weights stay as small as they are stored (int4, int8 and fp8 of compressed-tensors, bitsandbytes' nf4);
     experts see only their own tokens. kernel_rows: inputs of at most that many rows use the kernel for few rows; None
     measures.
     Other devices and other schemes get transformers' own path, and one line on stderr says so.
     """
     folder = Path(path)
+    for check in check_files(folder):
+        if not check.passed:
+            raise DataError(f"{folder}: {check.detail}")
     config = read_config(folder)
     section = config.to_dict().get("quantization_config")
     if not section:

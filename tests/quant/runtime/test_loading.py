@@ -143,8 +143,8 @@ def test_it_stays_on_the_cpu_in_bf16_and_is_not_saved(exports, tmp_path):
 
 
 def changed(folder: Path, to: Path, change) -> Path:
-    """A copy of a folder with its tensors changed."""
-    shutil.copytree(folder, to)
+    """A copy of a folder with its tensors changed, as another program may have written it: without a gate's report."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("gate.json"))
     tensors = load_file(to / "model.safetensors")
     change(tensors)
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
@@ -166,6 +166,15 @@ def changed(folder: Path, to: Path, change) -> Path:
 def test_a_folder_that_is_not_whole_is_refused_by_name(exports, tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         load(changed(exports["scout", "int4"], tmp_path / "broken", change))
+
+
+def test_a_flipped_bit_of_an_export_is_refused(exports, tmp_path):
+    folder = shutil.copytree(exports["scout", "int4"], tmp_path / "flipped")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-7] ^= 4
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"flipped: model\.safetensors differs from gate\.json; copy it again"):
+        load(folder)
 
 
 def test_layers_of_one_input_in_two_formats_are_refused(exports, tmp_path):
