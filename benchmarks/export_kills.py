@@ -1,6 +1,6 @@
 """kill -9 at random moments of an export, its check included: every file must end with the same bytes.
 
-    python benchmarks/export_kills.py --model runs/nano/students/scout [--kills 20] [--methods gptq gptq-gated] [--rows 16]
+    python benchmarks/export_kills.py --model runs/nano/students/scout [--kills 20] [--methods gptq gptq-gated]
 
 Each method's export is made once undisturbed. Then the same command is killed with all its processes at a random moment
 of the time it took, run again, killed again; whenever it gets to its end the export is compared, deleted, begun anew.
@@ -73,7 +73,14 @@ def attack(model: Path, method: str, rows: int, kills: int, draw: random.Random)
             same &= digests(out) == whole  # also of one that was killed between its last step and its end
             finished += 1
             shutil.rmtree(out)
-    return {"rows": rows, "seconds": seconds, "kills": killed, "exports": finished, "files": len(whole), "identical": same}
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "kills": killed,
+        "exports": finished,
+        "files": len(whole),
+        "identical": same,
+    }
 
 
 def main() -> int:
