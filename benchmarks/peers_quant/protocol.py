@@ -10,7 +10,6 @@ Needs torch, safetensors, numpy alone, so that it runs in every peer's environme
 import argparse
 import json
 import re
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,8 +103,9 @@ def read_job() -> Job:
 
 
 def peak_rss() -> int:
-    """Largest resident size of this process so far, bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes of memory this program held at most; `getrusage` counts what its parent held when it was started too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
