@@ -50,9 +50,9 @@ def check_method_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
     for name in given:
         value, least = getattr(options, name), 0 if name == "expert_tokens" else 1
-        if name != "calibration" and not (value >= least if name != "memory" else value > 0):
+        if name != "calibration" and not (value >= least if name != "memory" else 0 < value < float("inf")):
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value}: give {'zero or more' if least == 0 else 'more than zero'}")
+            raise ConfigError(f"{flag} {value}: give {'zero or more' if least == 0 else 'more than zero, no infinity'}")
 
 
 def read_choices(path: Path) -> dict[str, str]:

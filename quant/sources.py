@@ -115,8 +115,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         kind = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "")
         if kind and kind not in CONFIG_MAPPING:
             raise DataError(
-                f"{path}: model_type = {kind!r} is unknown to transformers {transformers.__version__}, whose newer releases "
-                f"may know it; supported: {SUPPORTED}; {ADDING}"
+                f"{path}: model_type = {kind!r} is unknown to transformers {transformers.__version__}, "
+                f"whose newer releases may know it; supported: {SUPPORTED}; {ADDING}"
             )
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:  # which field on one line, what is wrong with it on the next

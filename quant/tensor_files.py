@@ -116,10 +116,12 @@ def shard_paths(folder: Path) -> list[Path]:
         raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{index} cannot be read: {first_line(error)}") from error
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} cannot be read: {first_line(error)}; copy it again") from error
     for path in paths:
+        if path.parent != folder:
+            raise DataError(f"{index} names {path.relative_to(folder)}, which is not beside it; shards are")
         if not path.is_file():
             raise DataError(f"{path} is missing ({INDEX} lists it); copy the shard again")
         with open_safetensors(path) as file:

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-import herd
 from herd.run.errors import DataError
 from herd.run.files import write_atomic
 
@@ -55,7 +54,7 @@ def read_lineage(model_folder: Path) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the checkout herd runs from, with `-dirty` when files differ from it; None outside a checkout."""
-    root = Path(herd.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

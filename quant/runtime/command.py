@@ -16,6 +16,8 @@ from herd.run.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MOST = 2**63  # what torch's generators and counters hold
+
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The flags; mistakes leave with exit code 2."""
@@ -47,8 +49,8 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a quantised model")
     for flag, least in (("max_new_tokens", 1), ("threads", 1), ("temperature", 0), ("seed", 0)):
         value = getattr(options, flag)
-        if value is not None and not least <= value < float("inf"):
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+        if value is not None and not least <= value < MOST:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and below 2^63")
     if not options.prompt:
         raise ConfigError("--prompt is empty; give the text to continue")
 

@@ -1,6 +1,7 @@
 """Plans: what is quantised and kept, and every bad input refused with its name."""
 
 import json
+import re
 import shutil
 from math import prod
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_a_quantised_folder_is_refused(folders, tmp_path):
 def test_a_missing_folder_and_a_missing_config_are_named(tmp_path):
     with pytest.raises(DataError, match=r"config\.json does not exist"):
         quant.quantize(tmp_path / "nowhere", scheme="int4")
+
+
+@pytest.mark.parametrize(
+    "index, line",
+    [
+        ("[1]", "cannot be read"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "names ../a.safetensors, which is not beside it"),
+    ],
+)
+def test_an_index_that_is_none_or_leads_out_of_the_folder_is_refused(folders, tmp_path, index, line):
+    folder = copy(folders["llama"], tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DataError, match=rf"index\.json {re.escape(line)}"):
+        quant.quantize(folder, scheme="int4")
 
 
 def test_an_unknown_architecture_is_named(folders, tmp_path):

@@ -66,6 +66,7 @@ def test_json_holds_tokens_and_figures(exports, capsys):
         (["--model", "missing"], 2, "--model missing: no such folder"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens 0: must be 1 or more"),
         (["--max-new-tokens", "999"], 2, "exceed the model's 256; use 253 at most"),
+        (["--seed", "99999999999999999999"], 2, "--seed 99999999999999999999: must be 0 or more, and below 2^63"),
         (["--temperature", "-1"], 2, "--temperature -1.0: must be 0 or more"),
         (["--temperature", "nan"], 2, "--temperature nan: must be 0 or more"),
         (["--prompt", ""], 2, "--prompt is empty"),
