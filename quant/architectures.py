@@ -100,7 +100,7 @@ VLLM_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """Name of the model's class; DataError when config.json names none, one transformers lacks or no decoder of text."""
+    """Name of the model's class; DataError when config.json names none that transformers has and that writes text."""
     names = config.architectures or []
     known = isinstance(names, list) and len(names) == 1 and getattr(transformers, str(names[0]), None)
     decodes = isinstance(known, type) and issubclass(known, transformers.GenerationMixin)
