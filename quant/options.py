@@ -52,7 +52,8 @@ def check_method_options(options: argparse.Namespace) -> None:
         value, least = getattr(options, name), 0 if name == "expert_tokens" else 1
         if name != "calibration" and not (value >= least if name != "memory" else 0 < value < float("inf")):
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value}: give {'zero or more' if least == 0 else 'more than zero, no infinity'}")
+            wanted = {"expert_tokens": "zero or more", "memory": "a number above zero"}.get(name, "more than zero")
+            raise ConfigError(f"{flag} {value}: give {wanted}")
 
 
 def read_choices(path: Path) -> dict[str, str]:

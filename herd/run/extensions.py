@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import herd
 from herd.run import cli, lean_deepspeed
 from herd.run.errors import EnvironmentFault
+from herd.run.files import source_root
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 BUILDER = "ShareMemCommBuilder"
@@ -32,7 +32,7 @@ GLANCE_S = 0.5
 
 def use_project_folder() -> Path:
     """Point torch at the project's cache unless the variable is set; child processes inherit it."""
-    root = Path(herd.__file__).resolve().parents[1]
+    root = source_root()
     installed = "site-packages" in root.parts
     cache = Path.home() / ".cache" / "herd" if installed else root / ".cache"
     return Path(os.environ.setdefault(VARIABLE, str(cache / "torch_extensions")))

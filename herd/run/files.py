@@ -30,6 +30,14 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
+def source_root() -> Path:
+    """The folder that herd and its neighbours are imported from: a checkout, or site-packages.
+
+    Not `herd.__file__`: started from the folder above a clone named herd, Python takes the clone for the package.
+    """
+    return Path(__file__).resolve().parents[2]
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
 

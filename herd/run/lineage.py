@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from herd.run.errors import DataError
-from herd.run.files import write_atomic
+from herd.run.files import source_root, write_atomic
 
 FILE = "lineage.json"
 FACTS = (
@@ -54,7 +54,7 @@ def read_lineage(model_folder: Path) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the checkout herd runs from, with `-dirty` when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = source_root()
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import herd
 from herd.run.errors import ConfigError, EnvironmentFault
+from herd.run.files import source_root
 
 SQLITE = "sqlite:///"
 SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
@@ -27,7 +27,7 @@ SERVERS = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 def mlruns_folder() -> Path:
     """`mlruns/` of the repository when herd is installed editable, of the working folder otherwise."""
-    root = Path(herd.__file__).resolve().parents[1]
+    root = source_root()
     return (root if (root / "pyproject.toml").exists() else Path.cwd()) / "mlruns"
 
 

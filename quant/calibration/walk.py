@@ -10,6 +10,7 @@ E layers of one shape, N output channels, K input channels.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,15 +131,13 @@ class Block:
 
     def _measure(self, names: Sequence[str], keys: Iterable[str] | None = None, *, last: bool = False) -> Moments:
         walk, index = self._walk, self._index
-        batches = walk._activations.read(index)
-        kind = {"summed": keys, "sampled": walk._method.samples_inputs}
+        batches, sampled = walk._activations.read(index), walk._method.samples_inputs
+        run = partial(measure, walk.decoder, index, self._module, batches, names, summed=keys, sampled=sampled)
         if walk._exact is None:
-            return measure(walk.decoder, index, self._module, batches, names, **kind)
-        exact = walk._exact.read(index)
+            return run()
         passes_on = last and index + 1 < len(walk.decoder)
         with walk._exact.writing(index + 1) if passes_on else nullcontext() as put:
-            reference = Reference(exact, self.unquantised, put)
-            return measure(walk.decoder, index, self._module, batches, names, reference=reference, **kind)
+            return run(reference=Reference(walk._exact.read(index), self.unquantised, put))
 
     def _chunks(self, names: Sequence[str]) -> list[list[str]]:
         """Inputs whose Hessians, and the weights they are for, are in memory at one time."""

@@ -32,10 +32,7 @@ def test_a_folder_made_elsewhere_has_no_lineage_and_a_damaged_one_says_so(tmp_pa
 
 
 def test_the_commit_is_the_checkouts_head(tmp_path, monkeypatch):
-    import herd
-
-    (tmp_path / "herd").mkdir()
-    monkeypatch.setattr(herd, "__file__", str(tmp_path / "herd" / "__init__.py"))
+    monkeypatch.setattr("herd.run.lineage.source_root", lambda: tmp_path)
     assert git_commit() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
     subprocess.run([*git, "init", "-q"], check=True)
