@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
         session.run(config, resume=arguments.resume, command=cli.command_line("distill", argv))
 
-    return cli.main_guard(body)
+    return cli.main_guard(body, interrupted="interrupted; nothing was saved since the last checkpoint")
 
 
 if __name__ == "__main__":

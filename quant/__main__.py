@@ -11,11 +11,13 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.run import cli
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, Interrupted
 from herd.run.files import disk_faults
 from herd.run.schema import Quantize
 from quant.descriptions import describe, describe_work, foretell, summary
@@ -23,7 +25,7 @@ from quant.memory import spare_memory
 from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options, read_choices
 from quant.readers import COMPRESSED, CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
-from quant.target import check_target
+from quant.target import check_target, finished_layers
 
 if TYPE_CHECKING:
     from quant.calibration.settings import Calibration
@@ -41,10 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(words)
 
     def body() -> None:
-        with disk_faults(options.out, mend="name an --out on another disk"):
+        with disk_faults(options.out, mend="name an --out on another disk"), kept_layers(options.out):
             run(options)
 
     return cli.main_guard(body)
+
+
+@contextmanager
+def kept_layers(out: Path) -> Iterator[None]:
+    """Ctrl-C inside says what is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(finished_layers(out).glob("layer-*.json")):
+            raise Interrupted("stopped; finished layers are kept, and the same command goes on from them") from None
+        raise
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "schemes:\n" + "\n".join(f"  {name:14s}{kind.summary}" for name, kind in SCHEMES.items()),
         examples=(
             "python -m quant --model runs/nano/students/scout --scheme int4 --out exports/scout-int4",
-            "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.mlp.*' --dry-run",
+            "python -m quant --model DIR --scheme fp8 --out DIR2 --ignore '*.layers.0.*' --dry-run",
             "python -m quant --model DIR --allocation bits.json --out DIR3    (from python -m sweeps bits)",
             "python -m quant generate --model exports/scout-int4 --prompt TEXT    (runs an export; see its --help)",
         ),

@@ -208,6 +208,16 @@ def weight_tie(name: str) -> str:
     return f"{parent}.{'+'.join(merged)}"
 
 
+def keeping(name: str) -> str:
+    """How a user keeps a layer in bf16, in every decoder layer and with those that are merged with it, for a mend."""
+    bank = EXPERT_BANK.match(name)
+    group = re.sub(r"\.\d+\.", ".*.", bank["bank"] if bank else weight_tie(name))
+    globs = {"q_proj+k_proj+v_proj": "[qkv]_proj", "gate_proj+up_proj": "[gu]*_proj"}
+    parent, _, leaves = group.rpartition(".")
+    layers = f"{group}.*" if bank else f"{parent}.{globs.get(leaves, leaves)}"
+    return f"""--ignore '{layers}' (in an allocation "{group}": "bf16")"""
+
+
 def input_tie(name: str) -> str:
     """The same for the scale of their inputs, which servers hold once for all experts of a layer."""
     bank = EXPERT_BANK.match(name)

@@ -21,6 +21,7 @@ from herd.run.files import disk_faults, fresh_folder, replace_folder, require_sp
 from herd.run.lineage import model_card, write_lineage
 from quant.architectures import LLAMA4, architecture, bf16_bytes
 from quant.checks import LAYERWISE
+from quant.file_checks import check_tokenizer
 from quant.gate_process import GateProcess
 from quant.memory import WHOLE_SHARE, fits
 from quant.plans import Plan
@@ -95,6 +96,9 @@ def _write(
 ) -> Report:
     plan = quantized.plan
     _write_tokenizer(quantized, folder, tokenizer)
+    usable = check_tokenizer(folder, plan.config.get_text_config().vocab_size)
+    if not usable.passed:  # said before hours of work
+        raise DataError(f"{name}: {usable.detail}")
     _write_configs(quantized, folder)
     if plan.allocation.container == GGUF:
         digests, written = _write_gguf(quantized, folder, name), quantized

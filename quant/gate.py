@@ -29,7 +29,7 @@ def inspect(folder: Path, probe: "Probe | None" = None, *, whole: bool | None = 
 
     whole: load the model at once (else one layer at a time); by default where it is small (`quant.memory.fits`).
     """
-    from quant.checks import digest_files
+    from quant.file_checks import digest_files
 
     checks: list[Check] = []
     facts: dict[str, Any] = {}
@@ -45,13 +45,15 @@ def _inspect(folder: Path, probe: "Probe | None", facts: dict[str, Any], whole: 
     """Cheapest first; a folder whose layout is wrong is not loaded."""
     from quant import checks
     from quant.architectures import bf16_bytes
+    from quant.file_checks import UNSEALED, check_files, check_tokenizer
     from quant.sources import read_config
 
     if probe is None:
-        yield from checks.check_files(folder)
+        yield check_files(folder) or Check("files", False, UNSEALED)
     config = read_config(folder)
     configuration, allocation, ignored = checks.check_configuration(config)
     yield configuration
+    yield check_tokenizer(folder, config.get_text_config().vocab_size)
     if allocation is None:
         return
     if allocation.container == GGUF:

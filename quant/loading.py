@@ -8,7 +8,6 @@ T tokens, H hidden size, E experts.
 
 import contextlib
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +72,7 @@ def reading(folder: Path) -> Iterator[None]:
         # They draw progress bars on stderr, and warn that `dequantize` is followed.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             yield
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 

@@ -7,9 +7,9 @@ calibration = calibration_of(options)              # None for methods without
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from herd.run.errors import ConfigError
+from herd.run.errors import ConfigError, DataError, EnvironmentFault
 from herd.run.schema import Calibrate, Data
 from quant.methods.names import METHODS, check_method, reads_rows
 
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from quant.calibration.settings import Calibration
 
 MEMORY_GB = 4.0
+LEAST_ROW_TOKENS = 8  # as in a run's configuration
 CALIBRATED = ("calibration", "calibration_rows", "most_rows", "expert_tokens", "row_tokens", "memory")
+# What this command line calls the fields of a run's configuration.
+_FLAGS = {
+    "data.source =": "--calibration",
+    "data.sequence_length": "--row-tokens",
+    ", or raise data.calibration_fraction": ", or give another --calibration",
+}
 _DEFAULTS = {name: field.default for name, field in Calibrate.model_fields.items()}
 
 
@@ -49,23 +56,43 @@ def check_method_options(options: argparse.Namespace) -> None:
         calibrated = " or ".join(name for name, kind in METHODS.items() if kind.calibrated)
         raise ConfigError(f"{flag}: method {options.method} reads no calibration rows; use --method {calibrated}")
     for name in given:
-        value, least = getattr(options, name), 0 if name == "expert_tokens" else 1
+        value, least = getattr(options, name), {"expert_tokens": 0, "row_tokens": LEAST_ROW_TOKENS}.get(name, 1)
         if name != "calibration" and not (value >= least if name != "memory" else 0 < value < float("inf")):
             flag = "--" + name.replace("_", "-")
-            wanted = {"expert_tokens": "zero or more", "memory": "a number above zero"}.get(name, "more than zero")
-            raise ConfigError(f"{flag} {value}: give {wanted}")
+            wanted = {
+                "expert_tokens": "zero or more",
+                "row_tokens": f"{least} or more",
+                "memory": "a number above zero",
+            }
+            raise ConfigError(f"{flag} {value}: give {wanted.get(name, 'more than zero')}")
+    first = _DEFAULTS["rows"] if options.calibration_rows is None else options.calibration_rows
+    if options.most_rows is not None and options.most_rows < first:
+        raise ConfigError(
+            f"--most-rows {options.most_rows}: --calibration-rows {first} are drawn in any case; give {first} or more, "
+            "or fewer --calibration-rows"
+        )
 
 
 def read_choices(path: Path) -> dict[str, str]:
     """The mapping of an allocation's JSON file; ConfigError naming the file when it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
     except FileNotFoundError:
         raise ConfigError(f"allocation {path}: no such file; give a JSON file of groups and schemes") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"allocation {path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content or not all(isinstance(label, str) for label in content.values()):
         raise ConfigError(f'allocation {path}: must map groups to schemes, such as {{"*.experts": "int4-g64"}}')
+    return content
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of these pairs; ConfigError for a key that stands there twice."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ConfigError(f"allocation: {key!r} stands there twice; keep one of them")
+        content[key] = value
     return content
 
 
@@ -103,9 +130,27 @@ def memory_bytes(options: argparse.Namespace) -> int:
 
 
 def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | None":
-    """The rows, for a method that needs them."""
+    """The rows, for a method that needs them; ConfigError for a source that is nowhere, DataError for too little text.
+
+    Errors name the flags where those below name the fields of a run's configuration.
+    """
     if not reads_rows(options.method, options.scheme):
         return None
+    from herd.data.corpora import check_source
     from quant.calibration.draw import draw
 
-    return draw(settings_of(options), data_of(options), options.model, out=out, memory_bytes=memory_bytes(options))
+    try:
+        if options.calibration is not None:
+            check_source(Data(source=options.calibration))
+    except DataError as error:
+        raise ConfigError(_with_flags(str(error))) from None
+    try:
+        return draw(settings_of(options), data_of(options), options.model, out=out, memory_bytes=memory_bytes(options))
+    except (DataError, EnvironmentFault) as error:
+        raise type(error)(_with_flags(str(error))) from error
+
+
+def _with_flags(line: str) -> str:
+    for field, flag in _FLAGS.items():
+        line = line.replace(field, flag)
+    return line

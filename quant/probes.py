@@ -53,7 +53,7 @@ def take_probe(model: PreTrainedModel, stored: dict[str, str]) -> Probe:
 def probe_tokens(config: PretrainedConfig) -> Tensor:
     """Fixed pseudo-random tokens [B, T]."""
     text = config.get_text_config()
-    length = min(TOKENS, text.max_position_embeddings)
+    length = min(TOKENS, getattr(text, "max_position_embeddings", TOKENS))  # Mamba knows no positions
     return torch.randint(0, text.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -21,7 +21,7 @@ class Report:
     checks: list[Check]
     facts: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """sha256 of every safetensors file and of config.json."""
+    """sha256 of the files with weights, of config.json and of the tokenizer's vocabulary (`quant.file_checks`)."""
 
     @property
     def passed(self) -> bool:
@@ -42,3 +42,9 @@ class Report:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Report":
         return cls([Check(**check) for check in content["checks"]], content["facts"], content["files"])
+
+
+def few(items: list[str]) -> str:
+    """The first three of them, and how many more there are."""
+    shown = ", ".join(items[:3])
+    return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

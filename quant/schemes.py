@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import Tensor
 
 from herd.run.errors import ConfigError
+from quant.architectures import keeping
 from quant.formats.blocks import Blocks
 from quant.formats.format import Format, Header, Ranges
 from quant.formats.fp8 import Fp8
@@ -87,7 +88,7 @@ class Scheme:
         if self.container != GGUF and self.group_size is not None:
             others = [Scheme(self.name, size, self.container) for size in GROUP_SIZES]
             fitting = [str(scheme.group_size) for scheme in others if scheme.format.fault(shape) is None]
-        mend = f"use group_size {' or '.join(fitting)}" if fitting else f"keep it with --ignore '{name}' or use fp8"
+        mend = f"use group_size {' or '.join(fitting)}" if fitting else f"use fp8, or keep it with {keeping(name)}"
         raise ConfigError(f"{name}: shape {list(shape)}, {fault}; {mend}")
 
     def stored(self, shape: tuple[int, int]) -> dict[str, Header]:

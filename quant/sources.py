@@ -7,6 +7,8 @@ with open_source(model_or_folder) as source:
 """
 
 import json
+import logging
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +21,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from herd.run.errors import DataError, first_line
 from herd.run.files import sha256
-from quant.architectures import ADDING, SUPPORTED
+from quant.architectures import ADDING, SUPPORTED, build_skeleton, tied_names
 from quant.tensor_files import TensorFiles
+
+log = logging.getLogger(__name__)
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -49,6 +53,10 @@ class ModelSource:
         """Some rows of a matrix, in increasing order."""
         return self._tensors[name][rows_U.to(self._tensors[name].device)].cpu()
 
+    def same(self, first: str, second: str) -> bool:
+        """Whether two names hold the same values."""
+        return torch.equal(self._tensors[first], self._tensors[second])
+
     def __enter__(self) -> "ModelSource":
         return self
 
@@ -73,9 +81,8 @@ class FolderSource:
         }
 
     def identity(self) -> list[Any]:
-        """Names, sizes and times of its files: a folder that was written again is another source."""
-        facts = [(path, path.stat()) for path in (*self._files.paths, self._folder / "config.json")]
-        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in facts]
+        """Names and contents of its files: a folder that was moved, or written again unchanged, is the same source."""
+        return [[path.name, sha256(path)] for path in (*self._files.paths, self._folder / "config.json")]
 
     def read(self, name: str, *, expert: int | None = None) -> Tensor:
         """The tensor, or one expert's slice of a fused one."""
@@ -85,6 +92,12 @@ class FolderSource:
     def read_rows(self, name: str, rows_U: Tensor) -> Tensor:
         """Some rows of a matrix, in increasing order; nothing else of it is read."""
         return torch.stack([self._files.places[name].slice(row) for row in rows_U.tolist()])
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values, read a part at a time."""
+        one, other = self._files.places[first], self._files.places[second]
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and all(torch.equal(*parts) for parts in zip(one.parts(), other.parts(), strict=True))
 
     def __enter__(self) -> "FolderSource":
         return self
@@ -103,7 +116,24 @@ def open_source(model: PreTrainedModel | str | Path) -> Source:
     if existing:
         method = existing.get("quant_method", "unknown")
         raise DataError(f"{source.place}: already quantised (quant_method {method}); start from the unquantised model")
+    _untie(source)
     return source
+
+
+def _untie(source: Source) -> None:
+    """Where the configuration ties two tensors that are stored with different values, both count, as for transformers.
+
+    A head that was trained apart from its embeddings would otherwise be left out of the export.
+    """
+    skeleton = build_skeleton(source.config, fused=True)
+    for name in sorted(tied_names(skeleton) & source.headers.keys()):
+        other = skeleton.all_tied_weights_keys[name]
+        if other in source.headers and not source.same(name, other):
+            log.warning("%s: config.json ties %s to %s, but they are stored apart and differ: both are kept, and the "
+                        "export's config.json says so", source.place, name, other)  # fmt: skip
+            for config in (source.config, source.config.get_text_config()):
+                config.tie_word_embeddings = False
+            return
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -112,7 +142,11 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not path.is_file():
         raise DataError(f"{path} does not exist; --model takes a Hugging Face model folder")
     try:
-        kind = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", "")
+        content = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
+        section = content.get("quantization_config")
+        if section is not None and not isinstance(section, dict):
+            raise DataError(f"{path}: quantization_config = {section!r} is no mapping; leave it out, or copy it again")
+        kind = content.get("model_type", "")
         if kind and kind not in CONFIG_MAPPING:
             raise DataError(
                 f"{path}: model_type = {kind!r} is unknown to transformers {transformers.__version__}, "
@@ -130,8 +164,10 @@ def check_sums(folder: Path) -> None:
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
         return
-    for line in sums.read_text().splitlines():
+    for number, line in enumerate(sums.read_text(errors="replace").splitlines(), start=1):
         digest, _, name = line.partition(" ")
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise DataError(f"{sums}: line {number} is no checksum and name, as `sha256sum *` writes them; mend it")
         path = folder / name.strip().removeprefix("*")
         if not path.is_file():
             raise DataError(f"{path} is missing (SHA256SUMS lists it); copy it again")

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from herd.run.errors import ConfigError
+from herd.run.folders import check_folder, make_folder
 
+NAME_BYTES = 255
+"""What file systems allow."""
 REPORT = "gate.json"
 LOCK = "lock"
 
@@ -24,12 +27,23 @@ def check_target(path: Path) -> None:
 
     Beside a whole export nothing unfinished is of use: what a command left that was killed just after its end goes.
     """
+    _check_place(path)
     if not path.exists():
         return
     if (path / REPORT).is_file() and unfinished(path).is_dir():
         with making(path):
             shutil.rmtree(unfinished(path))
     raise ConfigError(f"out = {path}: exists; remove it or choose another folder")
+
+
+def _check_place(path: Path) -> None:
+    """Raise ConfigError or EnvironmentFault for a name that no folder can have there."""
+    longest = NAME_BYTES - len(os.fsencode(unfinished(path).name)) + len(os.fsencode(path.name))
+    if len(os.fsencode(path.name)) > longest:
+        raise ConfigError(f"out = {path}: its name has more than {longest} bytes; choose a shorter one")
+    check_folder(path.parent, "out")
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"out = {path}: a link to {os.readlink(path)}, which does not exist; remove the link")
 
 
 @contextmanager
@@ -45,7 +59,7 @@ def making(path: Path) -> Iterator[None]:
 def _open_lock(file: Path) -> IO[str]:
     """The locked file, still under its name: the holder before may have removed it with its folder."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent, "out")
         stream = file.open("w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,6 +67,12 @@ class Place:
         """Entry `index` of the first dimension."""
         return self.read(first=index * prod(self.shape[1:]), shape=self.shape[1:])
 
+    def parts(self, elements: int = 1 << 20) -> Iterator[Tensor]:
+        """All of it in order, flat, at most so many elements at a time."""
+        total = prod(self.shape)
+        for first in range(0, total, elements):
+            yield self.read(first=first, shape=(min(elements, total - first),))
+
 
 class TensorFiles(Mapping[str, Tensor]):
     """Name -> tensor, read afresh each time; DataError for a shard that is missing, cut short or something else."""

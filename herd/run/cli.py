@@ -152,8 +152,10 @@ def _share(text: str) -> float:
     return value
 
 
-def main_guard(body: Callable[[], None]) -> int:
+def main_guard(body: Callable[[], None], *, interrupted: str = "interrupted") -> int:
     """Run a command's body and return its exit code; the user's mistakes become one line on stderr, bugs a traceback.
+
+    interrupted: what Ctrl-C says where the body does not answer it.
 
     Rank 0 speaks for errors that all ranks meet: the others wait until the launcher has ended them, and speak only
     if it has not and nobody has said the same. It also makes rank 0's exit code the launcher's.
@@ -164,7 +166,7 @@ def main_guard(body: Callable[[], None]) -> int:
         prefix = "" if isinstance(error, errors.Interrupted) else "error: "
         return _leave(f"{prefix}{error}", error.exit_code)
     except KeyboardInterrupt:
-        return _leave("interrupted; nothing was saved since the last checkpoint", ABORTED)
+        return _leave(interrupted, ABORTED)
     except Exception as error:
         full = files.full_disk(error)
         if full is not None:

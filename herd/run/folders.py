@@ -68,7 +68,10 @@ def make_folder(folder: Path, field: str) -> None:
 def check_folder(folder: Path, field: str) -> None:
     """Raise what `make_folder` most likely would, without making anything."""
     folder = folder.absolute()
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError as error:  # a name that is too long
+        raise EnvironmentFault(f"{field}: {folder} cannot be made ({error.strerror}); set another {field}") from error
     if not nearest.is_dir():
         raise _file_in_the_way(nearest, field)
     if not os.access(nearest, os.W_OK | os.X_OK):

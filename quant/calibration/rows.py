@@ -36,7 +36,7 @@ class CalibrationRows:
             shape = list(self.tokens_NT.shape)
             raise DataError(
                 f"calibration data {self.source}: {shape} tokens, at least {LEAST_TOKENS} in rows of one length are "
-                "needed; give more text"
+                "needed; give more text, or more or longer rows"
             )
 
     @property

@@ -104,7 +104,8 @@ class CalibratedTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _ledger(self) -> Ledger:
-        ledger = Ledger(self._calibration.work, self.fingerprint())
+        work = self._calibration.work
+        ledger = Ledger(work, {} if work is None else self.fingerprint())
         if ledger.dropped is not None:
             log.warning("%s: unfinished work with another %s is thrown away", ledger.folder, ledger.dropped)
         elif ledger.finished:

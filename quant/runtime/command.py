@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    model = load(options.model, device=options.device)  # first: it knows whether a file is missing or was changed
     tokenizer = load_tokenizer(options.model)
-    model = load(options.model, device=options.device)
     prompt_1T = encode(tokenizer, options, model)
     stream = Stream(model, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
     said = ""
@@ -98,10 +98,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace, mo
             f"{options.model}: its tokenizer gives token {prompt_1T.max().item()}, the model knows "
             f"{text.vocab_size}; the tokenizer is another model's"
         )
-    if length + options.max_new_tokens > text.max_position_embeddings:
+    most = getattr(text, "max_position_embeddings", MOST)  # Mamba knows no positions
+    if length + options.max_new_tokens > most:
         raise ConfigError(
             f"--max-new-tokens {options.max_new_tokens}: {length} tokens of prompt and these exceed the model's "
-            f"{text.max_position_embeddings}; use {max(0, text.max_position_embeddings - length)} at most"
+            f"{most}; use {max(0, most - length)} at most"
         )
     return prompt_1T
 

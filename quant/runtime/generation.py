@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from herd.run.errors import NumericalError
+
 
 class Stream:
     """Samples at a temperature, or takes the likeliest token at temperature 0; ends with an end token or the count."""
@@ -33,7 +35,7 @@ class Stream:
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
     def run(self, prompt_1T: Tensor) -> Iterator[int]:
-        """Yield token after token."""
+        """Yield token after token; NumericalError where the model computes NaN or Inf."""
         ends, input_1T, cache = self.ends, prompt_1T, None
         while len(self.tokens) < self.max_new_tokens:
             start = time.perf_counter()
@@ -52,7 +54,13 @@ class Stream:
                 return
 
     def _choose(self, logits_V: Tensor) -> int:
+        largest, token = logits_V.max(0)
+        if not largest.isfinite():  # NaN, too, is the maximum
+            raise NumericalError(
+                f"token {len(self.tokens) + 1}: the model's logits are NaN or Inf; "
+                "`python -m quant.gate` tells whether its folder is whole"
+            )
         if self.temperature == 0:
-            return int(logits_V.argmax())
+            return int(token)
         probabilities_V = torch.softmax(logits_V.float().cpu() / self.temperature, 0)
         return int(torch.multinomial(probabilities_V, 1, generator=self._generator))

@@ -21,7 +21,7 @@ from herd.run.devices import check_device
 from herd.run.errors import DataError, first_line
 from quant import loading as reference
 from quant.architectures import model_class
-from quant.checks import check_files
+from quant.file_checks import UNSEALED, check_files
 from quant.memory import give_back
 from quant.readers import BITSANDBYTES
 from quant.runtime.crossovers import Crossovers
@@ -45,9 +45,11 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     Other devices and other schemes get transformers' own path, and one line on stderr says so.
     """
     folder = Path(path)
-    for check in check_files(folder):
-        if not check.passed:
-            raise DataError(f"{folder}: {check.detail}")
+    files = check_files(folder)
+    if files is None:
+        _say(f"{folder}: {UNSEALED}")
+    elif not files.passed:
+        raise DataError(f"{folder}: {files.detail}")
     config = read_config(folder)
     section = config.to_dict().get("quantization_config")
     if not section:
@@ -107,8 +109,8 @@ def _fill(model: PreTrainedModel, folder: Path, layers: StoredLayers) -> None:
         if tensor.shape != shapes[name]:
             raise DataError(f"{folder}: tensor {name} is {list(tensor.shape)}, expected {list(shapes[name])}")
         state[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-    model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
+    missing, _ = model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights(set(missing), recompute_mapping=False)  # a head that is stored apart stays what it is
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
     if missing:

@@ -6,7 +6,7 @@ layers.make(["model.layers.0.mlp.up_proj"])          # several names: one layer,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,16 @@ class Kind:
     suffixes: tuple[str, ...]
     """Suffixes of all the tensors it is stored as."""
     rounds_inputs: bool
+    group_size: int | None = None
+    """Input channels that share a scale; None: all of a row."""
 
 
 class Kinds:
     """The kind of every layer of a folder: of the first target that names it, else of its class."""
 
-    def __init__(self, groups: list[tuple[list[str], Kind]]):
+    def __init__(self, groups: list[tuple[list[str], Kind]], ignored: Sequence[str] = ()):
+        self._ignored = [name for name in ignored if not name.startswith("re:")]
+        self._ignoring = [re.compile(name[3:]) for name in ignored if name.startswith("re:")]
         targets = [(target, kind) for names, kind in groups for target in names]
         self._exact = {target: kind for target, kind in reversed(targets) if not target.startswith("re:")}
         self._patterns = [(re.compile(target[3:]), kind) for target, kind in targets if target.startswith("re:")]
@@ -51,6 +55,10 @@ class Kinds:
             return self._exact[name]
         found = next((kind for pattern, kind in self._patterns if pattern.match(name)), None)
         return found or self._exact.get(LINEAR)
+
+    def ignores(self, name: str) -> bool:
+        """Whether the section says that the layer is not quantised."""
+        return name in self._ignored or any(pattern.match(name) for pattern in self._ignoring)
 
 
 def kinds_of(section: dict[str, Any]) -> Kinds | None:
@@ -63,7 +71,7 @@ def kinds_of(section: dict[str, Any]) -> Kinds | None:
         return None
     # With one group, what is stored quantised is of that group, whatever names and classes it was matched by.
     targets = [[LINEAR]] if len(groups) == 1 else [group.get("targets") or [] for group in groups]
-    return Kinds(list(zip(targets, kinds, strict=True)))
+    return Kinds(list(zip(targets, kinds, strict=True)), section.get("ignore") or [])
 
 
 def kind_of(group: dict[str, Any]) -> Kind | None:
@@ -76,7 +84,8 @@ def kind_of(group: dict[str, Any]) -> Kind | None:
     if rounds and (inputs.get("strategy"), inputs.get("dynamic"), inputs.get("symmetric")) != ("token", True, True):
         return None
     if scheme in (("int", 4, "group"), ("int", 4, "channel")) and not rounds:
-        return Kind("int4", "weight_packed", ("weight_packed", "weight_scale", "weight_shape"), False)
+        suffixes = ("weight_packed", "weight_scale", "weight_shape")
+        return Kind("int4", "weight_packed", suffixes, False, weights.get("group_size"))
     if rounds and (inputs.get("type"), inputs.get("num_bits")) != (weights["type"], 8):
         return None
     if scheme == ("int", 8, "channel") and rounds:
@@ -98,10 +107,16 @@ class StoredLayers:
     def quantised(self, name: str) -> bool:
         """Whether the layer of that name is stored quantised."""
         kind = self.kinds.of(name)
-        return kind is not None and f"{name}.{kind.mark}" in self.files
+        stored = kind is not None and f"{name}.{kind.mark}" in self.files
+        if stored and self.kinds.ignores(name):
+            raise DataError(f"{name} is stored quantised, but config.json ignores it; export the model again")
+        return stored
 
     def make(self, names: list[str]) -> Linear:
-        """One layer for several over the same input, in the order of the names; DataError if a tensor is missing."""
+        """One layer for several over the same input, in the order of the names.
+
+        DataError for a tensor that is missing, or stored otherwise than config.json says.
+        """
         states = {self.quantised(name) for name in names}
         if len(states) == 2:
             raise DataError(
@@ -113,9 +128,20 @@ class StoredLayers:
         if others:
             raise DataError(f"{names[0]} and {names[-1]}: {kind.name} and {others[0].name}; export the model again")
         parts = [{suffix: self._read(f"{name}.{suffix}") for suffix in kind.suffixes} for name in names]
+        if kind.name == "int4":
+            self._check_groups(names, kind, parts)
         layer = self._pack(kind, parts)
         self.crossovers.set(layer)
         return layer
+
+    def _check_groups(self, names: list[str], kind: Kind, parts: list[dict[str, Tensor]]) -> None:
+        for name, part in zip(names, parts, strict=True):
+            columns, groups = part["weight_shape"][1].item(), part["weight_scale"].shape[1]
+            if columns != groups * (kind.group_size or columns):
+                said = kind.group_size or "a row"
+                raise DataError(
+                    f"{name}: scales for groups of {columns // groups}, config.json says {said}; export the model again"
+                )
 
     def _read(self, name: str) -> Tensor:
         if name not in self.files:

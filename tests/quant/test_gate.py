@@ -17,6 +17,7 @@ from quant.checks import digest_stored
 from quant.gate_process import GateProcess
 from quant.probes import Probe, take_probe
 from quant.reports import Report
+from tests.quant.runtime.conftest import byte_tokenizer
 
 LAYER = "model.layers.1.feed_forward."
 EXPERT = LAYER + "experts.2.down_proj"
@@ -63,7 +64,8 @@ def test_a_sound_folder_passes_every_check(sound: Sound):
     report = gate.inspect(sound.folder, sound.probe)
     assert report.passed, report.reason
     assert list(verdicts(report)) == [
-        "configuration", "tensors", "servable", "names", "stored bytes", "reload", "weights", "logits", "generation",
+        "configuration", "tokenizer", "tensors", "servable", "names", "stored bytes", "reload", "weights", "logits",
+        "generation",
     ]  # fmt: skip
     assert report.facts["quantised_layers"] == 4 * (4 + 1) * 3
 
@@ -92,6 +94,12 @@ def test_a_renamed_tensor_is_refused(sound: Sound, tmp_path: Path):
     assert LAYER + "experts.0.gate_proj.weight_packed is missing" in report.reason
     assert LAYER + "experts.gate_up_proj_packed is unexpected" in report.reason
     assert not verdicts(report)["names"]
+
+
+def test_a_layer_stored_otherwise_than_the_configuration_says_is_named_once(sound: Sound, tmp_path: Path):
+    report = reconfigure(sound, tmp_path / "copy", lambda section: section["ignore"].append(EXPERT))
+    detail = next(check.detail for check in report.checks if check.name == "tensors")
+    assert detail == f"{EXPERT}.weight_packed is stored though config.json ignores {EXPERT}"
 
 
 def test_an_unquantised_expert_is_refused(sound: Sound, tmp_path: Path):
@@ -195,7 +203,7 @@ def test_a_truncated_export_is_refused(sound: Sound, tmp_path: Path):
 
 def test_the_command_prints_every_check_and_its_exit_code_tells(sound: Sound, tmp_path: Path, capsys):
     assert gate.main([str(sound.folder)]) == 0
-    assert capsys.readouterr().out.count("ok  ") == 7
+    assert capsys.readouterr().out.count("ok  ") == 8
     shutil.copytree(sound.folder, tmp_path / "copy")
     (tmp_path / "copy" / "config.json").unlink()
     assert gate.main([str(tmp_path / "copy"), "--json"]) == 4
@@ -211,6 +219,30 @@ def test_a_file_that_changed_after_the_gate_is_named(sound: Sound, tmp_path: Pat
     path.write_bytes(content)
     report = gate.inspect(folder)
     assert "files: model.safetensors differs from gate.json; copy it again" in report.reason
+
+
+def test_without_its_report_a_folder_does_not_pass(sound: Sound, tmp_path: Path):
+    folder = shutil.copytree(sound.folder, tmp_path / "copy")
+    (folder / "gate.json").unlink()
+    assert "files: no gate.json, so that nothing tells" in gate.inspect(folder).reason
+
+
+def test_a_tokenizer_that_is_gone_changed_broken_or_another_models_is_named(sound: Sound, tmp_path: Path):
+    folder = shutil.copytree(sound.folder, tmp_path / "copy")
+    byte_tokenizer().save_pretrained(folder)
+    assert verdicts(gate.inspect(folder, sound.probe))["tokenizer"]
+    pieces = json.loads((folder / "tokenizer.json").read_text())
+    pieces["model"]["vocab"] = {piece: number + 100 for piece, number in pieces["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(pieces))
+    assert "to a model of 128: another model's" in gate.inspect(folder, sound.probe).reason
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer: tokenizer " in gate.inspect(folder, sound.probe).reason
+    report = json.loads((folder / "gate.json").read_text())
+    report["files"]["tokenizer.json"] = "0" * 64
+    (folder / "gate.json").write_text(json.dumps(report))
+    assert "files: tokenizer.json differs from gate.json; copy it again" in gate.inspect(folder).reason
+    (folder / "tokenizer.json").unlink()
+    assert "files: tokenizer.json is missing; copy it again" in gate.inspect(folder).reason
 
 
 def test_shards_beside_a_single_file_are_named_though_no_one_reads_them(sound: Sound, tmp_path: Path):

@@ -103,6 +103,49 @@ def test_an_existing_folder_is_refused_before_any_work(folders, tmp_path, capsys
     assert "exists; remove it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "place, code, line",
+    [
+        ("file/out", 2, "out: {0}/file is a file, not a folder; set another out"),
+        ("file/deep/out", 2, "out: {0}/file is a file, not a folder; set another out"),
+        ("dangling", 2, "out = {0}/dangling: a link to nowhere, which does not exist; remove the link"),
+        ("x" * 300, 2, "its name has more than 243 bytes; choose a shorter one"),
+        ("x" * 300 + "/out", 3, "cannot be made (File name too long); set another out"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_one_line(folders, tmp_path, capsys, place, code, line):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    words = command(folders, tmp_path, "--group-size", "32")
+    words[words.index("--out") + 1] = str(tmp_path / place)
+    assert main(words) == code
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line.format(tmp_path) in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (b'{"*": "fp8", "*": "bf16"}', "'*' stands there twice; keep one of them"),
+        (b'\xef\xbb\xbf{"*": "fp7"}', "'fp7' is no choice; the nearest is fp8"),  # a byte order mark is no mistake
+    ],
+)
+def test_mistakes_in_an_allocations_file_are_one_line(folders, tmp_path, capsys, content, line):
+    (tmp_path / "bits.json").write_bytes(content)
+    words = [
+        "--model",
+        str(folders["llama"]),
+        "--allocation",
+        str(tmp_path / "bits.json"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error
+
+
 def test_a_full_disk_names_the_folder_and_the_flag_that_moves_it(folders, tmp_path, capsys, monkeypatch):
     def no_room(*_, **__):
         raise OSError(28, "No space left on device")
@@ -187,19 +230,42 @@ def test_a_calibrated_export_says_beforehand_what_it_takes_and_afterwards_what_i
 
 
 @pytest.mark.parametrize(
-    "more, line",
+    "more, code, line",
     [
-        (["--method", "rtn"], "--calibration: method rtn reads no calibration rows; use --method gptq or gptq-gated"),
-        (["--calibration-rows", "0"], "--calibration-rows 0: give more than zero"),
-        (["--row-tokens", "100000"], "one row needs 100001"),
-        (["--calibration", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--method", "rtn"],
+            2,
+            "--calibration: method rtn reads no calibration rows; use --method gptq or gptq-gated",
+        ),
+        (["--calibration-rows", "0"], 2, "--calibration-rows 0: give more than zero"),
+        (
+            ["--row-tokens", "100000"],
+            4,
+            "needs 100001; give more text or lower --row-tokens, or give another --calibration",
+        ),
+        (["--row-tokens", "1"], 2, "--row-tokens 1: give 8 or more"),
+        (
+            ["--row-tokens", "8"],
+            4,
+            "[48, 8] tokens, at least 1024 in rows of one length are needed; give more text, or ",
+        ),
+        (["--most-rows", "8"], 2, "--most-rows 8: --calibration-rows 24 are drawn in any case; give 24 or more"),
+        (["--calibration", "nowhere.jsonl"], 2, "error: --calibration nowhere.jsonl: no such file or folder"),
     ],
 )
-def test_mistakes_in_calibration_are_one_line(readable, tmp_path, capsys, more, line):
-    assert main(calibrated(readable, tmp_path, *more)) in (2, 4)
-    complaint = capsys.readouterr().err
+def test_mistakes_in_calibration_are_one_line(readable, tmp_path, capsys, more, code, line):
+    assert main(calibrated(readable, tmp_path, *more)) == code
+    (complaint,) = capsys.readouterr().err.splitlines()
     assert line in complaint
-    assert "Traceback" not in complaint
+
+
+def test_ctrl_c_tells_that_finished_layers_are_kept(readable, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("quant.exports.probe_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(calibrated(readable, tmp_path)) == 75
+    assert "stopped; finished layers are kept, and the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(calibrated(readable, tmp_path)) == 0
+    assert "going on from them" in caplog.text
 
 
 def test_a_model_that_does_not_say_what_it_read_needs_a_source(folders, tmp_path, capsys):

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DbrxConfig, DbrxForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import quant
 from herd.run.errors import ConfigError, DataError, NumericalError
@@ -102,8 +110,43 @@ def test_a_group_that_does_not_divide_names_the_layer_its_shape_and_what_is_allo
     message = r"layers\.0\.mlp\.down_proj: shape \[64, 96\], 96 .* group_size 64; use group_size 32 or channel"
     with pytest.raises(ConfigError, match=message):
         plan_of(build_llama(), group_size=64)
-    with pytest.raises(ConfigError, match=r"--ignore 'model\.layers\.0\.mlp\.down_proj' or use fp8"):
-        plan_of(build_llama(intermediate_size=76))
+
+
+@pytest.mark.parametrize("name", ["llama", "scout"])
+def test_the_mend_named_for_a_layer_that_does_not_fit_is_one_that_is_taken(models, name):
+    """Sets that servers merge are kept whole: following one error after another leads to a plan, here an empty one."""
+    ignore: list[str] = []
+    with pytest.raises(ConfigError, match="no layer is left"):
+        while True:
+            try:
+                plan_of(models[name], scheme="fp8-block", ignore=ignore)
+            except ConfigError as error:
+                pattern = re.search(r"--ignore '(.*?)'", str(error))
+                if pattern is None:
+                    raise
+                ignore.append(pattern[1])
+    assert 2 <= len(ignore) <= 4, ignore
+
+
+def test_a_head_stored_apart_from_the_embeddings_it_is_said_to_be_tied_to_is_kept(tmp_path, gate, tokens_BT, caplog):
+    folder = tmp_path / "tied"
+    build_llama(tied=True).save_pretrained(folder)
+    assert "lm_head.weight" not in plan_of(folder).headers()
+    embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": embeddings.clone()}))
+    assert "lm_head.weight" not in plan_of(folder).headers()  # the same values: tied, as transformers has it
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": embeddings.flip(0)}))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    for number, source in enumerate((folder, whole)):
+        quantized = quant.quantize(source, scheme="int8-weights", group_size=32)
+        assert quant.export(quantized, tmp_path / f"export-{number}", gate=gate).passed
+        assert not json.loads((tmp_path / f"export-{number}" / "config.json").read_text())["tie_word_embeddings"]
+        with torch.inference_mode():
+            wanted, found = (
+                model(tokens_BT).logits.float() for model in (whole, quant.load(tmp_path / f"export-{number}"))
+            )
+        assert torch.nn.functional.cosine_similarity(wanted.flatten(), found.flatten(), dim=0) > 0.999
+    assert "both are kept" in caplog.text
 
 
 @pytest.mark.parametrize("scheme, size, message", [("int4", 48, "32, 64, 128"), ("int3", 64, "int4, int4-asym, int8")])
@@ -267,11 +310,23 @@ def test_a_layer_that_is_quantised_already_is_named(folders, tmp_path):
         quant.quantize(coded, scheme="int4")
 
 
+def test_a_quantization_config_that_is_a_word_is_named(folders, tmp_path):
+    folder = copy(folders["llama"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": "int4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json: quantization_config = 'int4' is no mapping; leave it out"):
+        quant.quantize(folder, scheme="fp8")
+
+
 def test_a_wrong_checksum_names_the_file(folders, tmp_path):
     folder = copy(folders["llama"], tmp_path / "model")
     sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums))
     assert quant.quantize(folder, scheme="fp8").plan.layers
+    (folder / "SHA256SUMS").write_text("".join(sums) + "see the README\n")
+    with pytest.raises(DataError, match=rf"SHA256SUMS: line {len(sums) + 1} is no checksum and name"):
+        quant.quantize(folder, scheme="fp8")
+    (folder / "SHA256SUMS").write_text("".join(sums))
     edit(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
     with pytest.raises(DataError, match=r"model\.safetensors does not have the checksum"):
         quant.quantize(folder, scheme="fp8")

@@ -120,7 +120,7 @@ def test_the_flags_of_launchers_are_accepted_and_the_rest_is_as_given() -> None:
         (errors.DataError("a: missing"), 4, "error: a: missing\n"),
         (errors.NumericalError("NaN"), 5, "error: NaN\n"),
         (errors.Interrupted("stopped at step 3; go on with: x"), 75, "stopped at step 3; go on with: x\n"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was saved since the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "No space"), 3, "error: the disk is full; free some space\n"),
         (
             OSError(errno.ENOSPC, "No space", "/a/b"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quant
 from herd.run.files import sha256
@@ -104,9 +106,23 @@ def test_work_done_for_another_command_is_not_used(folders, tmp_path, change: st
     if change == "threads":
         torch.set_num_threads(threads + 1)
     if change == "source":
-        os.utime(folder / "config.json")
+        folder = shutil.copytree(folder, tmp_path / "changed")
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     quantized = quantise(folder, out, method="signround" if change == "method" else "gptq")
     assert len(quantized.tensors["model.layers.0.mlp.up_proj.weight_scale"])
     torch.set_num_threads(threads)
     assert json.loads(fingerprint.read_text())[change] != before[change]
     assert not (finished_layers(out) / "layer-00001.json").exists()
+
+
+def test_a_source_that_was_moved_or_written_again_unchanged_is_the_same(folders, tmp_path):
+    """A run that is resumed saves its student again: layers it had finished are still of that student."""
+    out = tmp_path / "out"
+    wanted = quantise(folders["llama"], out).tensors["model.layers.0.mlp.up_proj.weight_packed"]
+    marker = finished_layers(out) / "layer-00000.json"
+    before = marker.stat().st_mtime_ns
+    again = shutil.copytree(folders["llama"], tmp_path / "again", copy_function=shutil.copyfile)
+    assert torch.equal(quantise(again, out).tensors["model.layers.0.mlp.up_proj.weight_packed"], wanted)
+    assert marker.stat().st_mtime_ns == before

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from herd.run.errors import NumericalError
 from quant.__main__ import main
 from quant.loading import load as load_reference
 from quant.runtime.generation import Stream
@@ -83,6 +84,16 @@ def test_a_folder_that_is_not_quantised_is_refused(folders, capsys):
     byte_tokenizer().save_pretrained(folders["llama"])
     assert main(["generate", "--model", str(folders["llama"]), "--prompt", "abc"]) == 4
     assert "no quantization_config" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_end_a_stream_with_a_line(exports):
+    model = load_reference(exports["llama", "int4"])
+    model.lm_head.weight[3, 0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(
+            NumericalError, match=r"token 1: the model's logits are NaN or Inf; `python -m quant\.gate`"
+        ):
+            list(Stream(model, max_new_tokens=2, temperature=temperature).run(torch.tensor([[5, 6, 7]])))
 
 
 def test_a_stream_ends_with_an_end_token_and_counts_it(exports):

@@ -75,7 +75,7 @@ def test_fused_layers_are_the_layers_one_above_the_other():
 def test_a_shape_the_kernel_cannot_hold_is_unpacked_to_the_same_values(rows, columns, group_size):
     tensors, exact_NK = stored(rows, columns, group_size)
     assert Int4.pack([tensors], BLOCK) is None
-    kinds = Kinds([(["Linear"], Kind("int4", "weight_packed", tuple(tensors), False))])
+    kinds = Kinds([(["Linear"], Kind("int4", "weight_packed", tuple(tensors), False, group_size))])
     layers = StoredLayers({f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}, kinds, Untimed())
     assert torch.equal(layers.make(["layer"]).weight, exact_NK.bfloat16())
 

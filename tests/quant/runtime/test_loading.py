@@ -177,6 +177,30 @@ def test_a_flipped_bit_of_an_export_is_refused(exports, tmp_path):
         load(folder)
 
 
+def test_a_configuration_that_contradicts_the_tensors_is_refused(exports, tmp_path):
+    name = "model.layers.0.feed_forward.shared_expert.up_proj"
+    for number, (change, message) in enumerate(
+        (
+            (
+                lambda s: s["config_groups"]["group_0"]["weights"].update(group_size=64),
+                "groups of 32, config.json says 64",
+            ),
+            (lambda s: s["ignore"].append(name), f"{name} is stored quantised, but config.json ignores it"),
+        )
+    ):
+        folder = changed(exports["scout", "int4"], tmp_path / str(number), lambda _: None)
+        config = json.loads((folder / "config.json").read_text())
+        change(config["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DataError, match=message):
+            load(folder)
+
+
+def test_a_folder_without_its_gates_report_is_served_with_a_word_about_it(exports, tmp_path, capsys):
+    load(changed(exports["scout", "int4"], tmp_path / "copy", lambda _: None))
+    assert "no gate.json, so that nothing tells" in capsys.readouterr().err
+
+
 def test_layers_of_one_input_in_two_formats_are_refused(exports, tmp_path):
     def half(tensors: dict[str, Tensor]) -> None:
         name = "model.layers.0.feed_forward.shared_expert.up_proj"
