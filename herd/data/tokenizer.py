@@ -53,9 +53,8 @@ def check_path(path: str | Path) -> None:
     folder = Path(path).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise DataError(
-            f"tokenizer {path}: none of {', '.join(TOKENIZER_FILES)} in that folder (there is {there}); copy its model's"
-        )
+        files = ", ".join(TOKENIZER_FILES)
+        raise DataError(f"tokenizer {path}: none of {files} in that folder (there is {there}); copy its model's")
     if not folder.exists() and not hub.is_id(str(path)):
         raise DataError(f"tokenizer {path}: no such folder{nearest_names(folder)}")
 
