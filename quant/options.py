@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from herd.run.errors import ConfigError, DataError, EnvironmentFault
+from herd.run.errors import ConfigError, DataError, DiskFull, EnvironmentFault
 from herd.run.schema import Calibrate, Data
 from quant.methods.names import METHODS, check_method, reads_rows
 
@@ -146,6 +146,8 @@ def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | Non
         raise ConfigError(_with_flags(str(error))) from None
     try:
         return draw(settings_of(options), data_of(options), options.model, out=out, memory_bytes=memory_bytes(options))
+    except DiskFull:
+        raise
     except (DataError, EnvironmentFault) as error:
         raise type(error)(_with_flags(str(error))) from error
 

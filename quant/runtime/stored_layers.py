@@ -85,7 +85,7 @@ def kind_of(group: dict[str, Any]) -> Kind | None:
         return None
     if scheme in (("int", 4, "group"), ("int", 4, "channel")) and not rounds:
         suffixes = ("weight_packed", "weight_scale", "weight_shape")
-        return Kind("int4", "weight_packed", suffixes, False, weights.get("group_size"))
+        return Kind("int4", "weight_packed", suffixes, False, weights["group_size"] if scheme[2] == "group" else None)
     if rounds and (inputs.get("type"), inputs.get("num_bits")) != (weights["type"], 8):
         return None
     if scheme == ("int", 8, "channel") and rounds:
