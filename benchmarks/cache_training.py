@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distill import run_record
 from distill.assembly import Assembly, assemble
 from herd.run import ranks
 from herd.run.config import load
@@ -31,6 +32,8 @@ def build(mode: str, scratch: Path, *sets: str) -> Assembly:
         settings += ["teacher.head_start=0", "teacher.lr=null"]
     config = load(ROOT / "configs" / "nano.yaml", settings)
     config = config.model_copy(update={"students": {"scout": config.students["scout"]}})
+    if not (scratch / run_record.FILE).exists():  # whose id names the teacher in the cache
+        run_record.begin(scratch, "python benchmarks/cache_training.py")
     return assemble(config, scratch)
 
 

@@ -101,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def group_size(text: str) -> int | str:
     """A number, or `channel`."""
-    return text if text == "channel" else int(text)
+    return int(text) if text.isdecimal() else text
 
 
 def check(options: argparse.Namespace) -> None:
@@ -109,6 +109,8 @@ def check(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a saved model")
     check_target(options.out)
+    if options.out.resolve().is_relative_to(options.model.resolve()):
+        raise ConfigError(f"--out {options.out}: lies in the --model folder; choose a place outside it")
     options.choices = None
     if options.allocation is not None:
         check_allocation(options)

@@ -96,7 +96,8 @@ def allocate(choices: Mapping[str, str], names: Iterable[str]) -> tuple[Allocati
         matched = [group for group in groups if group == pattern or fnmatchcase(group, pattern)]
         if not matched:
             near = difflib.get_close_matches(pattern, groups, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"allocation: {pattern!r} matches no group of layers; the nearest is {near!r}")
+            what = "matches no group of layers (of those that are not in bf16 anyway)"
+            raise ConfigError(f"allocation: {pattern!r} {what}; the nearest is {near!r}")
         labels |= dict.fromkeys(matched, label)
     silent = next((group for group in groups if group not in labels), None)
     if silent is not None:
@@ -119,7 +120,8 @@ def labelled(label: str) -> Scheme | None:
         return None
     known = {scheme.label: scheme for scheme in _mixable()}
     if label not in known:
-        near = difflib.get_close_matches(str(label), [BF16, *known], n=1, cutoff=0.0)[0]
+        longer = [name for name in known if name.startswith(f"{label}-g")]
+        near = longer[0] if longer else difflib.get_close_matches(str(label), [BF16, *known], n=1, cutoff=0.0)[0]
         raise ConfigError(f"{label!r} is no choice; the nearest is {near}; choices: {', '.join([BF16, *known])}")
     return known[label]
 

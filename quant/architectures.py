@@ -18,7 +18,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.quantizers.base import SequentialLlama4TextExperts
 
 from herd.run import bf16_products
-from herd.run.errors import ConfigError, DataError
+from herd.run.errors import ConfigError, DataError, first_line
 
 LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 ADDING = "to add one, give quant/architectures.py its layers and names (docs/quantisation.md)"
@@ -117,8 +117,13 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def build_skeleton(config: PretrainedConfig, *, fused: bool = False) -> PreTrainedModel:
     """The model without storage; with `fused` as trained, else with one module per expert as it is stored quantised."""
     bf16_products.install()
+    kind = model_class(config)
     with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
+        try:
+            model = kind._from_config(config, dtype=torch.bfloat16)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"config.json: no {kind.__name__} can be built from it ({what}); mend it") from error
         if not fused:
             split_experts(model)
     return model
@@ -208,14 +213,13 @@ def weight_tie(name: str) -> str:
     return f"{parent}.{'+'.join(merged)}"
 
 
-def keeping(name: str) -> str:
-    """How a user keeps a layer in bf16, in every decoder layer and with those that are merged with it, for a mend."""
+def keep_pattern(name: str) -> str:
+    """The glob that keeps a layer in bf16, with those that are merged with it, in every decoder layer: for a mend."""
     bank = EXPERT_BANK.match(name)
     group = re.sub(r"\.\d+\.", ".*.", bank["bank"] if bank else weight_tie(name))
     globs = {"q_proj+k_proj+v_proj": "[qkv]_proj", "gate_proj+up_proj": "[gu]*_proj"}
     parent, _, leaves = group.rpartition(".")
-    layers = f"{group}.*" if bank else f"{parent}.{globs.get(leaves, leaves)}"
-    return f"""--ignore '{layers}' (in an allocation "{group}": "bf16")"""
+    return f"{group}.*" if bank else f"{parent}.{globs.get(leaves, leaves)}"
 
 
 def input_tie(name: str) -> str:

@@ -78,7 +78,7 @@ def export(
                 report = _write(quantized, temporary, process, tokenizer, lineage or {}, shard_bytes, final.name)
                 replace_folder(temporary, final)
         except BaseException as error:
-            keep = finished_layers(final).is_dir() and not isinstance(error, DataError)
+            keep = any(finished_layers(final).glob("layer-*.json")) and not isinstance(error, DataError)
             shutil.rmtree(temporary if keep else unfinished(final), ignore_errors=True)
             raise
         shutil.rmtree(unfinished(final))

@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", nargs="?", type=Path, help="exported folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the checks that run the model (default 1)")
+    parser.add_argument(
+        "--threads", type=cli.threads, default=1, help="threads of the checks that run the model (default 1)"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.serve:

@@ -140,6 +140,8 @@ def calibration_of(options: argparse.Namespace, out: Path) -> "Calibration | Non
     from quant.calibration.draw import draw
 
     try:
+        if options.calibration == "":
+            raise ConfigError("--calibration is empty; name a file, a folder, a hub dataset, or stdlib")
         if options.calibration is not None:
             check_source(Data(source=options.calibration))
     except DataError as error:

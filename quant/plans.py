@@ -26,6 +26,7 @@ from quant.architectures import (
     build_skeleton,
     check_layout,
     has_experts,
+    keep_pattern,
     kept_because,
     split_groups,
     tied_names,
@@ -165,8 +166,7 @@ def make_plan(source: Source, scheme: Scheme | Mapping[str, str], *, ignore: Seq
     split = split_groups({layer.name for layer in layers}, set(ignored))
     if split:
         raise ConfigError(f"ignore = {list(ignore)} splits layers that servers merge ({split[0]}); ignore all of them")
-    for layer in layers:
-        layer.scheme.check(layer.name, layer.shape)
+    _check_shapes(layers)
     _check_readable(allocation, skeleton)
     kept, order = _kept(skeleton, source, {layer.name for layer in layers}, set(ignored))
     left = (_layer(name, linears[name], source, None) for name in ignored)
@@ -174,6 +174,23 @@ def make_plan(source: Source, scheme: Scheme | Mapping[str, str], *, ignore: Seq
     read = {layer.source for layer in (*layers, *sliced.values())} | (kept.keys() - sliced.keys())
     before = sum(header_bytes(source.headers[name]) for name in read)
     return Plan(allocation, source.config, layers, kept, ignored, sliced, before, order)
+
+
+def _check_shapes(layers: Sequence[Layer]) -> None:
+    """Raise ConfigError when a layer cannot be stored; its mend fits all of them, or keeps all that do not fit."""
+    faults = {layer: fault for layer in layers if (fault := layer.scheme.format.fault(layer.shape)) is not None}
+    if not faults:
+        return
+    first = next(iter(faults))
+    sizes = first.scheme.fitting([layer.shape for layer in layers if layer.scheme == first.scheme])
+    if sizes:
+        mend = f"use group_size {' or '.join(map(str, sizes))}"
+    else:
+        kept = list(dict.fromkeys(keep_pattern(layer.name) for layer in faults))
+        left = any(not any(fnmatchcase(layer.name, pattern) for pattern in kept) for layer in layers)
+        flags = " ".join(f"--ignore '{pattern}'" for pattern in kept)
+        mend = "use fp8" + (f", or keep what does not fit in bf16: {flags} (or an allocation)" if left else "")
+    raise ConfigError(f"{first.name}: shape {list(first.shape)}, {faults[first]}; {mend}")
 
 
 def _check_readable(allocation: Allocation, skeleton: PreTrainedModel) -> None:
@@ -212,7 +229,8 @@ def _check_tensors(source: Source, fused: nn.Module) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in fused.state_dict().items()}
     tied = tied_names(fused)
     for name in sorted(expected.keys() - source.headers.keys() - tied):
-        raise DataError(f"{source.place}: tensor {name} is missing; {architecture(source.config)} has one")
+        raise DataError(f"{source.place}: tensor {name} is missing; {architecture(source.config)} has one, "
+                        "with this config.json")  # fmt: skip
     for name in sorted(source.headers.keys() - expected.keys()):
         raise DataError(f"{source.place}: tensor {name} does not belong to {architecture(source.config)}; "
                         f"supported: {SUPPORTED}")  # fmt: skip

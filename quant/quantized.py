@@ -101,11 +101,15 @@ def quantize(
     ConfigError for a scheme that does not fit a layer, DataError for a quantised or broken source, NumericalError for
     NaN or Inf, each naming the tensor.
     """
+    if isinstance(ignore, str) or not isinstance(allocation, Mapping | None):
+        raise ConfigError("quantize: ignore is a list of patterns, allocation a mapping from groups to schemes")
     source = open_source(model)
     if (scheme is None) == (allocation is None):
         raise ConfigError("quantize: give either a scheme for all layers or an allocation")
     chosen = Scheme.named(scheme, group_size, container) if allocation is None else allocation
     plan = plan_method(source, chosen, method, ignore=ignore)
+    if calibration is not None:
+        check_context(plan, calibration)
     folder = Path(model) if isinstance(source, FolderSource) else None
     if METHODS[method].calibrated:
         if calibration is None:
@@ -119,6 +123,15 @@ def quantize(
     ranges = RangeBook(plan, source, input_absmax)
     tensors = UncalibratedTensors(plan, source, ranges, make_method(method))
     return QuantizedModel(plan, tensors if folder else _held(plan, tensors), source.generation, folder, method)
+
+
+def check_context(plan: Plan, calibration: Calibration) -> None:
+    """Raise ConfigError when a calibration row has more tokens than the model has positions."""
+    row_tokens = calibration.rows.tokens_NT.shape[1]
+    most = getattr(plan.config.get_text_config(), "max_position_embeddings", None) or row_tokens
+    if row_tokens > most:
+        raise ConfigError(f"calibration rows of {row_tokens} tokens: the model has {most} positions; give --row-tokens "
+                          f"{most} or fewer")  # fmt: skip
 
 
 def _held(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,14 +5,12 @@ tensors = scheme.compress(weight_NK)          # {"weight_packed": ..., "weight_s
 weight_NK = scheme.decompress(tensors)        # bf16
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from herd.run.errors import ConfigError
-from quant.architectures import keeping
 from quant.formats.blocks import Blocks
 from quant.formats.format import Format, Header, Ranges
 from quant.formats.fp8 import Fp8
@@ -79,17 +77,12 @@ class Scheme:
         """The uniform integer grid of the codes; None for formats without one, which only round to nearest."""
         return self.format.grid
 
-    def check(self, name: str, shape: tuple[int, int]) -> None:
-        """Raise ConfigError when a layer of this [N, K] cannot be stored."""
-        fault = self.format.fault(shape)
-        if fault is None:
-            return
-        fitting = []
-        if self.container != GGUF and self.group_size is not None:
-            others = [Scheme(self.name, size, self.container) for size in GROUP_SIZES]
-            fitting = [str(scheme.group_size) for scheme in others if scheme.format.fault(shape) is None]
-        mend = f"use group_size {' or '.join(fitting)}" if fitting else f"use fp8, or keep it with {keeping(name)}"
-        raise ConfigError(f"{name}: shape {list(shape)}, {fault}; {mend}")
+    def fitting(self, shapes: Iterable[tuple[int, int]]) -> list[int | str]:
+        """The group sizes with which layers of all these [N, K] can be stored; none where there is no choice."""
+        if self.container == GGUF or self.group_size is None:
+            return []
+        others = [Scheme(self.name, size, self.container) for size in GROUP_SIZES]
+        return [each.group_size for each in others if all(each.format.fault(shape) is None for shape in set(shapes))]
 
     def stored(self, shape: tuple[int, int]) -> dict[str, Header]:
         """Suffix, dtype and shape of every tensor a linear layer [N, K] is stored as."""

@@ -19,13 +19,17 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from herd.run.errors import DataError, first_line
+from herd.run.errors import ConfigError, DataError, first_line
 from herd.run.files import sha256
 from quant.architectures import ADDING, SUPPORTED, build_skeleton, tied_names
 from quant.tensor_files import TensorFiles
 
 log = logging.getLogger(__name__)
 
+COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "attention_chunk_size", "num_experts_per_tok", "num_local_experts",
+)  # fmt: skip
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -111,7 +115,11 @@ Source = ModelSource | FolderSource
 
 def open_source(model: PreTrainedModel | str | Path) -> Source:
     """A source of unquantised tensors; DataError when it is quantised already or its files are broken."""
+    if not isinstance(model, PreTrainedModel | str | Path):
+        raise ConfigError(f"model = {type(model).__name__}: give a transformers model or the path of its folder")
     source = ModelSource(model) if isinstance(model, PreTrainedModel) else FolderSource(Path(model))
+    if isinstance(model, PreTrainedModel) and any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ConfigError(f"model = {type(model).__name__} on the meta device: it has no weights; load them first")
     existing = source.config.to_dict().get("quantization_config")
     if existing:
         method = existing.get("quant_method", "unknown")
@@ -152,11 +160,31 @@ def read_config(folder: Path) -> PretrainedConfig:
                 f"{path}: model_type = {kind!r} is unknown to transformers {transformers.__version__}, "
                 f"whose newer releases may know it; supported: {SUPPORTED}; {ADDING}"
             )
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:  # which field on one line, what is wrong with it on the next
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    check_values(config.get_text_config(), path)
+    return config
+
+
+def check_values(text: PretrainedConfig, path: Path) -> None:
+    """Raise DataError for numbers with which a model can be built, or not even that, but not run."""
+    for name in COUNTS:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value < 1:
+            raise DataError(f"{path}: {name} = {value}: must be 1 or more")
+    chosen, experts = (getattr(text, name, None) for name in ("num_experts_per_tok", "num_local_experts"))
+    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
+        raise DataError(f"{path}: num_experts_per_tok = {chosen}: must be at most num_local_experts = {experts}")
+    kinds = getattr(text, "layer_types", None) or []
+    if "chunked_attention" in kinds and getattr(text, "attention_chunk_size", None) is None:
+        raise DataError(f"{path}: attention_chunk_size = null: chunked attention needs a number of tokens")
+    ropes = getattr(text, "no_rope_layers", None)
+    if isinstance(ropes, list) and len(ropes) != text.num_hidden_layers:
+        raise DataError(f"{path}: no_rope_layers has {len(ropes)} entries: must have one for each of "
+                        f"num_hidden_layers = {text.num_hidden_layers}")  # fmt: skip
 
 
 def check_sums(folder: Path) -> None:

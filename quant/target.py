@@ -38,6 +38,8 @@ def check_target(path: Path) -> None:
 
 def _check_place(path: Path) -> None:
     """Raise ConfigError or EnvironmentFault for a name that no folder can have there."""
+    if path.name in ("", ".."):
+        raise ConfigError(f"out = {str(path)!r}: names no folder that can be made; give it a name of its own")
     longest = NAME_BYTES - len(os.fsencode(unfinished(path).name)) + len(os.fsencode(path.name))
     if len(os.fsencode(path.name)) > longest:
         raise ConfigError(f"out = {path}: its name has more than {longest} bytes; choose a shorter one")

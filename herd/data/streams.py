@@ -152,6 +152,8 @@ def fixed_batches(
     """
     packed = packed_for_fixed(data, tokenizer, part, rows=rows, corpus=corpus, cache=cache)
     weights = [source.weight for source in data.sources.values()] or [1.0]
+    if not data.sources:  # so that asking for far more rows than there are costs nothing
+        rows = min(rows, sum(map(len, packed.values())))
     source_R, place_R = Mixture(weights, seed=None).at(np.arange(rows))
     there_R = place_R < np.array([len(own) for own in packed.values()])[source_R]
     source_R, place_R = source_R[there_R], place_R[there_R]

@@ -7,6 +7,7 @@ return cli.main_guard(lambda: run(arguments))            # sys.exit takes the re
 
 import argparse
 import difflib
+import os
 import sys
 import time
 import traceback
@@ -19,6 +20,7 @@ from herd.run.command_line import command_line as command_line  # part of this m
 
 PACKAGE = "herd-workbench"
 UNEXPECTED, ABORTED = 1, 130  # a bug, with its traceback; Ctrl-C where nothing could be saved
+MOST_THREADS = 64  # where there are not more cores
 PLANNING = ("--world-size", "--mfu")  # mean something beside --dry-run only
 MAIN_PAUSE_S = 3.0  # longer than the second in which launchers notice that a rank has gone
 FOLLOWER_PAUSE_S = 10.0  # longer than rank 0 is behind the others on a busy machine
@@ -139,6 +141,14 @@ def parser(
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """A number of threads that a flag was given; torch dies without a word of far more than there are cores."""
+    most = max(MOST_THREADS, os.cpu_count() or 1)
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 to {most}")
     return int(text)
 
 

@@ -3,6 +3,7 @@
 calibration = draw(settings, config.data, model_folder, out=Path("exports/scout-int4"))
 """
 
+import logging
 from pathlib import Path
 
 from herd.data.corpora import CACHE
@@ -10,6 +11,8 @@ from herd.run.schema import Calibrate, Data
 from quant.calibration.rows import calibration_rows
 from quant.calibration.settings import MEMORY_BYTES, Calibration
 from quant.target import finished_layers
+
+log = logging.getLogger(__name__)
 
 
 def draw(
@@ -30,8 +33,11 @@ def draw(
     if foreign:
         data = Data(source=settings.source, sequence_length=data.sequence_length, text_field=data.text_field)
     most = max(settings.rows, settings.most_rows)
+    rows = calibration_rows(data, model_folder, rows=most, whole=foreign, cache=cache)
+    if len(rows.tokens_NT) < settings.rows:
+        log.warning("calibration: %d rows are there, %d were asked for", len(rows.tokens_NT), settings.rows)
     return Calibration(
-        calibration_rows(data, model_folder, rows=most, whole=foreign, cache=cache),
+        rows,
         first=settings.rows,
         expert_tokens=settings.expert_tokens,
         memory_bytes=memory_bytes,

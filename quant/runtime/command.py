@@ -37,7 +37,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (128)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token; else sampled")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
-    add("--threads", type=int, metavar="N", help="CPU threads (OMP_NUM_THREADS, else all cores)")
+    add("--threads", type=cli.threads, metavar="N", help="CPU threads (OMP_NUM_THREADS, else all cores)")
     add("--device", default="cpu", metavar="NAME", help="cpu (default): low bits; cuda: transformers' own path")
     add("--json", action="store_true", help="print text and figures as JSON at the end instead")
     return parser.parse_args(words)
@@ -47,12 +47,14 @@ def check(options: argparse.Namespace) -> None:
     """What can be refused before the heavy imports."""
     if not options.model.is_dir():
         raise ConfigError(f"--model {options.model}: no such folder; give the folder of a quantised model")
-    for flag, least in (("max_new_tokens", 1), ("threads", 1), ("temperature", 0), ("seed", 0)):
+    for flag, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
         value = getattr(options, flag)
-        if value is not None and not least <= value < MOST:
+        if not least <= value < MOST:
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and below 2^63")
     if not options.prompt:
         raise ConfigError("--prompt is empty; give the text to continue")
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):  # what Python makes of such bytes
+        raise ConfigError(f"--prompt {options.prompt!a}: bytes that are not UTF-8; give it in UTF-8")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMLP, Llama4Text
 
 from herd.run import bf16_products
 from herd.run.devices import check_device
-from herd.run.errors import DataError, first_line
+from herd.run.errors import ConfigError, DataError, first_line
 from quant import loading as reference
 from quant.architectures import model_class
 from quant.file_checks import UNSEALED, check_files
@@ -44,6 +44,8 @@ def load(path: str | Path, *, device: str = "cpu", kernel_rows: int | None = Non
     measures.
     Other devices and other schemes get transformers' own path, and one line on stderr says so.
     """
+    if kernel_rows is not None and kernel_rows < 0:
+        raise ConfigError(f"kernel_rows = {kernel_rows}: must be 0 or more, or None to measure")
     folder = Path(path)
     files = check_files(folder)
     if files is None:

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from herd.run.errors import ConfigError
 from herd.run.lineage import write_lineage
 from herd.run.tracking import open_tracker
 from quant.__main__ import main
@@ -77,6 +78,8 @@ def test_a_gguf_file_is_made_and_described(folders, tmp_path, capsys):
         (["--group-size", "128"], 2, "group_size 128; use group_size 32 or 64"),
         (["--ignore", "nothing"], 2, "matches no linear layer"),
         (["--group-size", "0"], 2, "group_size = 0"),
+        (["--group-size", "1e3"], 2, "group_size = 1e3 is not allowed; use one of 32, 64, 128, channel"),
+        (["--group-size", "32", "--out", "."], 2, "out = '.': names no folder that can be made"),
         (["--group-size", "32", "--scheme", "fp8"], 2, "fp8 has no choice of groups"),
         (
             ["--group-size", "32", "--container", "bitsandbytes"],
@@ -106,6 +109,8 @@ def test_an_existing_folder_is_refused_before_any_work(folders, tmp_path, capsys
 @pytest.mark.parametrize(
     "place, code, line",
     [
+        ("..", 2, "names no folder that can be made"),
+        ("new/..", 2, "names no folder that can be made; give it a name of its own"),
         ("file/out", 2, "out: {0}/file is a file, not a folder; set another out"),
         ("file/deep/out", 2, "out: {0}/file is a file, not a folder; set another out"),
         ("dangling", 2, "out = {0}/dangling: a link to nowhere, which does not exist; remove the link"),
@@ -250,6 +255,12 @@ def test_a_calibrated_export_says_beforehand_what_it_takes_and_afterwards_what_i
             "[48, 8] tokens, at least 1024 in rows of one length are needed; give more text, or ",
         ),
         (["--most-rows", "8"], 2, "--most-rows 8: --calibration-rows 24 are drawn in any case; give 24 or more"),
+        (
+            ["--row-tokens", "264"],
+            2,
+            "calibration rows of 264 tokens: the model has 256 positions; give --row-tokens 256",
+        ),
+        (["--calibration", ""], 2, "--calibration is empty; name a file"),
         (["--calibration", "nowhere.jsonl"], 2, "error: --calibration nowhere.jsonl: no such file or folder"),
     ],
 )
@@ -257,6 +268,23 @@ def test_mistakes_in_calibration_are_one_line(readable, tmp_path, capsys, more, 
     assert main(calibrated(readable, tmp_path, *more)) == code
     (complaint,) = capsys.readouterr().err.splitlines()
     assert line in complaint
+
+
+def test_an_export_inside_its_own_model_is_refused(folders, tmp_path, capsys):
+    words = command(folders, tmp_path, "--group-size", "32")
+    words[words.index("--out") + 1] = str(folders["maverick"] / "out")
+    assert main(words) == 2
+    assert "lies in the --model folder; choose a place outside it" in capsys.readouterr().err
+
+
+def test_a_calibration_that_cannot_be_followed_leaves_nothing(readable, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise ConfigError("it changes what passes between its layers")
+
+    monkeypatch.setattr("quant.calibration.walk.Walk.advance", refuse)
+    assert main(calibrated(readable, tmp_path)) == 2
+    assert "it changes what passes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_tells_that_finished_layers_are_kept(readable, tmp_path, capsys, caplog, monkeypatch):

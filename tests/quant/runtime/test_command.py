@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from herd.run.errors import NumericalError
+from quant import gate
 from quant.__main__ import main
 from quant.loading import load as load_reference
 from quant.runtime.generation import Stream
@@ -71,6 +72,7 @@ def test_json_holds_tokens_and_figures(exports, capsys):
         (["--temperature", "-1"], 2, "--temperature -1.0: must be 0 or more"),
         (["--temperature", "nan"], 2, "--temperature nan: must be 0 or more"),
         (["--prompt", ""], 2, "--prompt is empty"),
+        (["--prompt", "caf\udce9"], 2, r"--prompt 'caf\udce9': bytes that are not UTF-8; give it in UTF-8"),
         (["--device", "gpu"], 2, "device = 'gpu': no such kind of device"),
     ],
 )
@@ -78,6 +80,15 @@ def test_mistakes_are_one_line_and_an_exit_code(exports, capsys, more, code, lin
     assert main(["generate", "--model", str(exports["scout", "int4"]), "--prompt", "abc", *more]) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and line in error and "\n" not in error
+
+
+@pytest.mark.parametrize("words", [["generate", "--model", "m", "--prompt", "x"], None])
+@pytest.mark.parametrize("number", ["0", "100000", "two"])
+def test_threads_that_no_machine_has_are_refused(words, number, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gate.main(["m", "--threads", number]) if words is None else main([*words, "--threads", number])
+    assert stop.value.code == 2
+    assert f"argument --threads: {number}: must be a whole number, 1 to " in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_quantised_is_refused(folders, capsys):
