@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "attention_chunk_size", "num_experts_per_tok", "num_local_experts",
+    "max_position_embeddings",
 )  # fmt: skip
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -176,11 +176,12 @@ def check_values(text: PretrainedConfig, path: Path) -> None:
         if isinstance(value, int) and value < 1:
             raise DataError(f"{path}: {name} = {value}: must be 1 or more")
     chosen, experts = (getattr(text, name, None) for name in ("num_experts_per_tok", "num_local_experts"))
-    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
-        raise DataError(f"{path}: num_experts_per_tok = {chosen}: must be at most num_local_experts = {experts}")
+    if chosen is not None and experts and not 1 <= chosen <= experts:  # some dense models say 0 of 0
+        raise DataError(f"{path}: num_experts_per_tok = {chosen}: must be 1 to num_local_experts = {experts}")
     kinds = getattr(text, "layer_types", None) or []
-    if "chunked_attention" in kinds and getattr(text, "attention_chunk_size", None) is None:
-        raise DataError(f"{path}: attention_chunk_size = null: chunked attention needs a number of tokens")
+    chunk = getattr(text, "attention_chunk_size", None)
+    if "chunked_attention" in kinds and not (chunk and chunk > 0):
+        raise DataError(f"{path}: attention_chunk_size = {chunk}: chunked attention needs 1 token or more")
     ropes = getattr(text, "no_rope_layers", None)
     if isinstance(ropes, list) and len(ropes) != text.num_hidden_layers:
         raise DataError(f"{path}: no_rope_layers has {len(ropes)} entries: must have one for each of "

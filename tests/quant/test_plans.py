@@ -313,6 +313,24 @@ def test_a_layer_that_is_quantised_already_is_named(folders, tmp_path):
         quant.quantize(coded, scheme="int4")
 
 
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok = 0: must be 1 to num_local_experts = 4"),
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok = 99: must be 1 to num_local_experts = 4"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size = 0: chunked attention needs 1 token or more"),
+        ({"attention_chunk_size": None}, "attention_chunk_size = None: chunked attention needs 1 token or more"),
+        ({"no_rope_layers": [1]}, "no_rope_layers has 1 entries: must have one for each of num_hidden_layers = 4"),
+    ],
+)
+def test_a_llama4_that_could_be_built_and_not_run_is_one_line(folders, tmp_path, change, line):
+    folder = copy(folders["scout"], tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(DataError, match=line):
+        quant.quantize(folder, scheme="fp8")
+
+
 def test_a_wrong_checksum_names_the_file(folders, tmp_path):
     folder = copy(folders["llama"], tmp_path / "model")
     sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
