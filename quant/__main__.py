@@ -25,7 +25,7 @@ from quant.memory import spare_memory
 from quant.options import CALIBRATED, add_method_options, calibration_of, check_method_options, read_choices
 from quant.readers import COMPRESSED, CONTAINERS, READERS, SCHEMES, check_reader, check_scheme
 from quant.runtime import command
-from quant.target import check_target, finished_layers
+from quant.target import can_go_on, check_target
 
 if TYPE_CHECKING:
     from quant.calibration.settings import Calibration
@@ -55,7 +55,7 @@ def kept_layers(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if any(finished_layers(out).glob("layer-*.json")):
+        if can_go_on(out):
             raise Interrupted("stopped; finished layers are kept, and the same command goes on from them") from None
         raise
 

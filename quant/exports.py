@@ -33,7 +33,7 @@ from quant.sections import section
 from quant.shards import SHARD_BYTES, write_shards
 from quant.sources import read_config
 from quant.streaming import stream_probe
-from quant.target import REPORT, check_target, finished_layers, making, unfinished
+from quant.target import REPORT, can_go_on, check_target, making, unfinished
 from quant.tensor_files import TensorFiles
 
 COVERAGE = "calibration.json"
@@ -78,7 +78,7 @@ def export(
                 report = _write(quantized, temporary, process, tokenizer, lineage or {}, shard_bytes, final.name)
                 replace_folder(temporary, final)
         except BaseException as error:
-            keep = any(finished_layers(final).glob("layer-*.json")) and not isinstance(error, DataError)
+            keep = can_go_on(final) and not isinstance(error, DataError)
             shutil.rmtree(temporary if keep else unfinished(final), ignore_errors=True)
             raise
         shutil.rmtree(unfinished(final))

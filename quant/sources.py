@@ -118,7 +118,7 @@ def open_source(model: PreTrainedModel | str | Path) -> Source:
     if not isinstance(model, PreTrainedModel | str | Path):
         raise ConfigError(f"model = {type(model).__name__}: give a transformers model or the path of its folder")
     source = ModelSource(model) if isinstance(model, PreTrainedModel) else FolderSource(Path(model))
-    if isinstance(model, PreTrainedModel) and any(tensor.is_meta for tensor in model.state_dict().values()):
+    if isinstance(model, PreTrainedModel) and any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"model = {type(model).__name__} on the meta device: it has no weights; load them first")
     existing = source.config.to_dict().get("quantization_config")
     if existing:
@@ -133,6 +133,8 @@ def _untie(source: Source) -> None:
 
     A head that was trained apart from its embeddings would otherwise be left out of the export.
     """
+    if not source.config.get_text_config().tie_word_embeddings:
+        return
     skeleton = build_skeleton(source.config, fused=True)
     for name in sorted(tied_names(skeleton) & source.headers.keys()):
         other = skeleton.all_tied_weights_keys[name]

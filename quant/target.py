@@ -83,3 +83,8 @@ def unfinished(path: Path) -> Path:
 def finished_layers(path: Path) -> Path:
     """Where a calibrated method keeps the layers it has finished, for a command that is started again."""
     return unfinished(path) / "layers"
+
+
+def can_go_on(path: Path) -> bool:
+    """Whether any layer is finished there (`quant.calibration.ledger` names the files)."""
+    return any(finished_layers(path).glob("layer-*.json"))
